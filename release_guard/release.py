@@ -1,0 +1,134 @@
+"""What the gate says and what may be pushed: Verdict, Candidate -> Attested -> Release, Receipt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum, auto
+from pathlib import Path
+
+from release_guard.errors import IntegrityError
+from release_guard.manifest import Manifest
+
+
+class Result(StrEnum):
+    """Outcome of a check: only `PASS` counts as evidence, everything else refuses."""
+
+    PASS = auto()
+    FAIL = auto()
+    INCONCLUSIVE = auto()
+
+
+@dataclass(frozen=True)
+class Check:
+    """One judged claim.
+
+    Attributes:
+        name: Path-like, such as `resists/lora/footwear@nf4`.
+        result: Pass, fail or inconclusive.
+        detail: One sentence with the figures that decided.
+    """
+
+    name: str
+    result: Result
+    detail: str
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A ratio with its bounds; None where nothing can be said.
+
+    Attributes:
+        estimate: Point estimate, or the value it is at least (`censored`).
+        lower: One-sided 95 % lower bound.
+        upper: One-sided 95 % upper bound.
+        censored: The defended arm never breached, so the estimate is only a lower end.
+    """
+
+    estimate: float | None
+    lower: float | None
+    upper: float | None
+    censored: bool = False
+
+
+@dataclass(frozen=True)
+class Strength:
+    """Cost multipliers of one target at one precision.
+
+    Attributes:
+        target: Name of the concept or merge target.
+        precision: Numeric format.
+        kappa: BTB(defended) / BTB(undefended).
+        sigma: BTB(defended) / BTB(never knew); None where that arm is unavailable.
+        head_start: BTB(never knew) / BTB(undefended); below 3 a sigma says nothing.
+        long_run: kappa when the best attackers are given more than the budget; reported, not judged.
+    """
+
+    target: str
+    precision: str
+    kappa: Interval
+    sigma: Interval | None
+    head_start: Interval | None
+    long_run: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All checks together, and what may be said of them.
+
+    Attributes:
+        checks: Every judged claim; no check at all never passes.
+        strengths: kappa and sigma for each target and precision.
+        claim: The one generated sentence a card may carry.
+        not_tested: What nobody tried, one sentence each.
+    """
+
+    checks: Sequence[Check]
+    strengths: Sequence[Strength] = ()
+    claim: str = ""
+    not_tested: Sequence[str] = ()
+
+    @property
+    def result(self) -> Result:
+        """FAIL if anything failed, PASS if there are checks and all passed."""
+        results = {check.result for check in self.checks}
+        if Result.FAIL in results:
+            return Result.FAIL
+        return Result.PASS if results == {Result.PASS} else Result.INCONCLUSIVE
+
+    @property
+    def passed(self) -> bool:
+        """Non-empty and every check PASS."""
+        return self.result is Result.PASS
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A packed folder, judged: payload, card, policy, evidence, report; no proof yet."""
+
+    directory: Path
+    verdict: Verdict
+    payload: Manifest
+
+
+@dataclass(frozen=True)
+class Attested(Candidate):
+    """A candidate with its signed attestations written."""
+
+    def __post_init__(self) -> None:
+        if not self.verdict.passed:
+            raise IntegrityError("only a model that passed its gate can be attested")
+
+
+@dataclass(frozen=True)
+class Release(Attested):
+    """Attested, signed, complete: the only thing a hub accepts."""
+
+    manifest: Manifest
+    previous: str | None = None
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a push returned: where it can be looked at, and the revision it made."""
+
+    url: str
+    revision: str
