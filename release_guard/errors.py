@@ -1,4 +1,4 @@
-"""Errors meant for the user: the class carries the exit code, the text says what, where, what next."""
+"""Errors meant for the user: the class carries the exit code, the text what, where, what next."""
 
 
 class ReleaseGuardError(Exception):

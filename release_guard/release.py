@@ -59,7 +59,7 @@ class Strength:
         kappa: BTB(defended) / BTB(undefended).
         sigma: BTB(defended) / BTB(never knew); None where that arm is unavailable.
         head_start: BTB(never knew) / BTB(undefended); below 3 a sigma says nothing.
-        long_run: kappa when the best attackers are given more than the budget; reported, not judged.
+        long_run: kappa when the best attackers get more than the budget; reported, never judged.
     """
 
     target: str

@@ -1,0 +1,239 @@
+"""What was tried, what came of it. One JSON line a record; the gate reads nothing else."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from release_guard.errors import IntegrityError
+from release_guard.plugins import Spec
+from release_guard.policy import Budget, Precision, Unit
+
+SUITE = "1.0"  # version of attacks, splits and rules together; part of every trial's key
+
+Arm = Literal["undefended", "defended", "never_knew"]
+Ending = Literal["breached", "survived", "collapsed", "failed"]
+Origin = Literal["listed", "tuned", "confirming", "long_run"]
+ScoredSplit = Literal["search", "confirm"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Cost(_Value):
+    """What an attack has spent so far."""
+
+    steps: int = Field(ge=0)
+    samples: int = Field(ge=0)
+    flops: float = Field(ge=0)
+    seconds: float = Field(ge=0)
+
+    def of(self, unit: Unit) -> float:
+        """The amount in one unit."""
+        return float(getattr(self, unit))
+
+
+class Point(_Value):
+    """Held-out score in [0, 1] after a cost."""
+
+    cost: Cost
+    score: float = Field(ge=0, le=1)
+
+
+class Trial(_Value):
+    """All that fixes an outcome.
+
+    Attributes:
+        arm: Whose weights.
+        precision: Numeric format they are run at.
+        target: Name of the target, whose examples `data` digests.
+        attack: Name and options.
+        seed: Fixes batches, initialisation and order.
+        budget: Where the attack ends.
+        ceiling: The attack ends at the first score above it; None: it runs to the budget.
+        split: Examples scored: `search`, or `confirm` which no search ever sees.
+        examples: Most examples scored.
+        grid_ratio: Ratio between the costs at which it is scored.
+        weights: Payload root of the files attacked; of the configuration for fresh weights.
+        data: Digest of the examples trained and scored on.
+        suite: Version of attacks and rules.
+    """
+
+    arm: Arm
+    precision: Precision
+    target: str
+    attack: Spec
+    seed: int
+    budget: Budget
+    ceiling: float | None
+    split: ScoredSplit
+    examples: int
+    grid_ratio: float
+    weights: str
+    data: str
+    suite: str = SUITE
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the canonical JSON: the same trial is never run twice."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+
+class Outcome(_Value):
+    """What came of a trial.
+
+    Attributes:
+        ending: `survived` is censored at the budget, `collapsed` is a non-finite model, `failed` a
+            crash of the attack itself.
+        curve: Points at growing cost.
+        examples: How many examples each score is the mean of.
+        parameters: How many parameters the attack trained.
+        note: Why it failed or collapsed.
+    """
+
+    ending: Ending
+    curve: tuple[Point, ...] = ()
+    examples: int = 0
+    parameters: int = 0
+    note: str = ""
+
+
+class Record(_Value):
+    """One line of the ledger and of the evidence."""
+
+    trial: Trial
+    outcome: Outcome
+    origin: Origin
+
+
+class Retention(_Value):
+    """Paired per-example scores on retained data, undefended against defended."""
+
+    precision: Precision
+    base: tuple[float, ...]
+    immunized: tuple[float, ...]
+
+
+class Change(_Value):
+    """How far the defended weights are from the undefended, relative L2 by tensor."""
+
+    identical: bool
+    relative_l2: Mapping[str, float]
+
+
+class StageReport(_Value):
+    """A stage that ran: its own measures are reported, never judged."""
+
+    name: str
+    paper: str
+    options: Mapping[str, Any]
+    measures: Mapping[str, float]
+    seconds: float
+
+
+class Evidence(_Value):
+    """Everything the gate may look at.
+
+    Attributes:
+        policy: Digest of the policy file.
+        base: Payload root of the undefended files.
+        immunized: Payload root of the very files to be pushed.
+        ceilings: Resolved ceiling of each target.
+        change: Distance between the two.
+        unavailable: Arms that could not be had, and why.
+        overlap: Share of each target's examples that stand in the retained data too: exact and
+            near duplicates.
+        near_overlap: The same for near duplicates.
+        planned: How many trials had to end; fewer records never pass.
+        retention: Utility at each precision.
+        records: Every trial, in any order.
+        environment: Hardware and versions.
+    """
+
+    schema_version: Literal[1] = 1
+    suite: str = SUITE
+    tool: str
+    policy: str
+    base: str
+    immunized: str
+    ceilings: Mapping[str, float]
+    change: Change
+    unavailable: Mapping[Arm, str] = {}
+    overlap: Mapping[str, float] = {}
+    near_overlap: Mapping[str, float] = {}
+    planned: int = Field(ge=0)
+    retention: tuple[Retention, ...] = ()
+    stages: tuple[StageReport, ...] = ()
+    records: tuple[Record, ...] = ()
+    started_at: str
+    finished_at: str
+    environment: Mapping[str, str] = {}
+
+    def to_jsonl(self) -> bytes:
+        """Header line, then one line a retention, then one line a record in the order of keys."""
+        header = self.model_dump(mode="json", exclude={"records", "retention"})
+        lines = [{"header": header}]
+        lines += [{"retention": item.model_dump(mode="json")} for item in self.retention]
+        ordered = sorted(self.records, key=lambda record: record.trial.key)
+        lines += [{"record": record.model_dump(mode="json")} for record in ordered]
+        return b"".join(canonical_json(line) + b"\n" for line in lines)
+
+    @classmethod
+    def from_jsonl(cls, source: bytes) -> Self:
+        """Read what `to_jsonl` wrote.
+
+        Raises:
+            IntegrityError: Anything else.
+        """
+        parts: dict[str, list[Any]] = {"header": [], "retention": [], "record": []}
+        try:
+            for line in source.splitlines():
+                ((kind, value),) = json.loads(line).items()
+                parts[kind].append(value)
+            (header,) = parts["header"]
+            return cls.model_validate(
+                {**header, "retention": parts["retention"], "records": parts["record"]}
+            )
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            reason = "fields differ" if isinstance(error, ValidationError) else error
+            raise IntegrityError(
+                f"evidence.jsonl: not evidence of this version ({reason})"
+            ) from None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read an evidence file."""
+        try:
+            return cls.from_jsonl(path.read_bytes())
+        except OSError as error:
+            raise IntegrityError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def canonical_json(value: Any) -> bytes:
+    """Sorted keys, no spaces, no NaN, UTF-8: equal values give equal bytes."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False
+    ).encode()
+
+
+def select(
+    records: Iterable[Record],
+    *,
+    arm: Arm,
+    precision: Precision,
+    target: str,
+    origins: Sequence[Origin] = ("listed", "tuned", "confirming", "long_run"),
+) -> tuple[Record, ...]:
+    """The records of one arm, precision and target, in the order of their keys."""
+    found = (
+        record
+        for record in records
+        if (record.trial.arm, record.trial.precision, record.trial.target)
+        == (arm, precision, target)
+        and record.origin in origins
+    )
+    return tuple(sorted(found, key=lambda record: record.trial.key))

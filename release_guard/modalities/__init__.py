@@ -1,0 +1,139 @@
+"""What a model is, to everybody else: `ModelHandle` is the only place where modality shows.
+
+Shapes: N predictions, C classes or vocabulary entries, F features.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from release_guard.data import Split
+from release_guard.plugins import Plugin
+
+Batch = Mapping[str, Tensor]
+State = dict[str, Tensor]
+
+
+class ModelHandle(ABC):
+    """A model with its data, and all that stages and attacks may ask of it.
+
+    Attributes:
+        module: The network. Attacks and stages change copies, never what they were given.
+    """
+
+    module: nn.Module
+
+    @abstractmethod
+    def batches(self, dataset: str, split: Split, *, size: int, seed: int) -> Iterator[Batch]:
+        """Endless batches of exactly `size` examples, shuffled anew each pass.
+
+        Raises:
+            ModelError: Fewer examples than `size`, a missing column, a label beyond the head.
+        """
+
+    @abstractmethod
+    def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Differentiable logits (N, C) and their labels (N): an image or a scored token a row."""
+
+    @abstractmethod
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Inputs of the last layer (N, F) and labels (N)."""
+
+    @abstractmethod
+    def scores(self, dataset: str, split: Split, *, limit: int) -> Sequence[float]:
+        """Capability on at most `limit` held-out examples, one score in [0, 1] an example.
+
+        A model whose outputs are not finite MUST score NaN there, never 0.
+        """
+
+    @abstractmethod
+    def digest(self, dataset: str) -> str:
+        """SHA-256 over the contents of a data set's examples."""
+
+    @property
+    @abstractmethod
+    def head(self) -> nn.Linear:
+        """The last layer."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The network's repeated layers, first to last."""
+
+    @abstractmethod
+    def reinit_head(self, *, seed: int) -> None:
+        """Give the head new weights in place: Xavier uniform, zero bias.
+
+        Raises:
+            ModelError: The head cannot be had apart (tied to the input embedding).
+        """
+
+    @abstractmethod
+    def units(self, batch: Batch) -> int:
+        """Positions the network processes for a batch: patches or tokens, over all examples."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write safetensors weights, configuration and preprocessing: loadable by anyone."""
+
+    @abstractmethod
+    def fresh(self, *, seed: int) -> Self:
+        """Same configuration, random weights."""
+
+    @abstractmethod
+    def peer(self, source: str) -> Self:
+        """Another checkpoint of this architecture with the same data."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Differentiable task loss, a scalar: cross-entropy over the rows of `logits`."""
+        logits_NC, labels_N = self.logits(batch)
+        return nn.functional.cross_entropy(logits_NC, labels_N)
+
+    def state(self) -> State:
+        """A detached copy of all weights and buffers."""
+        return {name: value.detach().clone() for name, value in self.module.state_dict().items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put weights and buffers back."""
+        self.module.load_state_dict(state)
+
+    def copy(self) -> Self:
+        """The same model with weights of its own; data are shared."""
+        twin = copy.copy(self)
+        twin.module = copy.deepcopy(self.module)
+        return twin
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+
+class Modality(Plugin):
+    """Loads models of one kind. Options name the columns of its data sets."""
+
+    stands_for: ClassVar[str]
+    """What a score of such a model means, for cards and plots, such as "accuracy"."""
+
+    @abstractmethod
+    def load(self, source: str) -> ModelHandle:
+        """Load a local folder or `OWNER/NAME@REVISION`; safetensors only, never remote code.
+
+        Raises:
+            ModelError: No weights, pickled weights, damaged or non-finite weights, another kind of
+                model; each says what to do.
+        """
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Shares of a data set's examples that also stand in another one."""
+
+    exact: float
+    near: float
