@@ -242,6 +242,9 @@ class Policy(_Value):
         names = [target.name for target in self.targets]
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two targets are called {doubled[0]!r}; give each its own name")
+        midpoints = any(target.ceiling == "midpoint" for target in self.targets)
+        if midpoints and self.red_team.never_knew == "unavailable":
+            raise ValueError('a ceiling "midpoint" needs the never-knew arm; give a number instead')
         labels = [attack.label for attack in self.attacks]
         if repeated := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"attack {repeated[0]} is listed twice; remove one")

@@ -1,0 +1,82 @@
+"""Append-only record of trials: done is not done twice, and a kill loses at most the last line."""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from release_guard.errors import ReleaseGuardError
+from release_guard.evidence import Outcome, Trial, canonical_json
+
+
+class Ledger:
+    """Outcomes by trial key, in one JSONL file that several runs may share.
+
+    Undefended and never-knew trials are keyed by the base model's digest, so every run of one base
+    finds them here. A `failed` outcome is kept for the record but tried again.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self.path = path
+        self._outcomes: dict[str, Outcome] = {}
+        self._read(warn)
+
+    def __len__(self) -> int:
+        return len(self._outcomes)
+
+    def get(self, trial: Trial) -> Outcome | None:
+        """What came of this trial, unless it has to be tried (again)."""
+        outcome = self._outcomes.get(trial.key)
+        return None if outcome is None or outcome.ending == "failed" else outcome
+
+    def add(self, trial: Trial, outcome: Outcome) -> None:
+        """Append one line, whole or not at all, on disk before this returns.
+
+        Raises:
+            ReleaseGuardError: The disk is full or the file cannot be written.
+        """
+        line = canonical_json(
+            {
+                "key": trial.key,
+                "trial": trial.model_dump(mode="json"),
+                "outcome": outcome.model_dump(mode="json"),
+            }
+        )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(_separator(file.fileno()) + line + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ReleaseGuardError(
+                f"{self.path}: cannot record a trial ({error.strerror}); free some space and run "
+                "the same command again, finished trials are kept"
+            ) from None
+        self._outcomes[trial.key] = outcome
+
+    def _read(self, warn: Callable[[str], None]) -> None:
+        if not self.path.exists():
+            return
+        for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                trial = Trial.model_validate(entry["trial"])
+                outcome = Outcome.model_validate(entry["outcome"])
+            except (ValueError, KeyError, TypeError, ValidationError, RecursionError):
+                warn(f"{self.path}:{number}: not a ledger line; skipped, that trial will run again")
+                continue
+            if trial.key != entry.get("key"):
+                warn(f"{self.path}:{number}: key and trial differ; skipped, it will run again")
+                continue
+            self._outcomes[trial.key] = outcome
+
+
+def _separator(descriptor: int) -> bytes:
+    """A line feed if a killed writer left half a line at the end."""
+    size = os.fstat(descriptor).st_size
+    return b"\n" if size and os.pread(descriptor, 1, size - 1) != b"\n" else b""

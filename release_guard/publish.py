@@ -1,0 +1,256 @@
+"""The producer's flow: policy -> immunize -> red-team -> gate -> sign -> push -> verify."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from release_guard.attacks import Attack
+from release_guard.attestation import attest, sign
+from release_guard.card import card
+from release_guard.errors import IntegrityError, ModelError
+from release_guard.evidence import SUITE, Evidence, StageReport, canonical_json
+from release_guard.gate import gate
+from release_guard.hubs import Hub
+from release_guard.ledger import Ledger
+from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
+from release_guard.modalities import Modality
+from release_guard.policy import Policy
+from release_guard.redteam import Session, Subject, red_team
+from release_guard.release import Candidate, Receipt, Verdict
+from release_guard.report import render
+from release_guard.run import Run, folder_made_whole, share_files
+from release_guard.signers import Signer
+from release_guard.stages import Stage, Workspace
+from release_guard.verify import Trust, require_intact, verify
+
+if TYPE_CHECKING:
+    from release_guard.modalities import ModelHandle
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be published.
+
+    Attributes:
+        source: Folder or Hub id of the model.
+        repo: `owner/name` on the policy's hub.
+        policy: What it must resist.
+        base: Undefended original, where `source` was immunized elsewhere; none: `source` itself.
+        as_is: Judge `source` as it is; no stage is applied.
+        dry_run: Stop before anything is signed.
+    """
+
+    source: str
+    repo: str
+    policy: Policy
+    base: str | None = None
+    as_is: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Published:
+    """What became of an order: `receipt` is None unless the gate passed and it was pushed."""
+
+    verdict: Verdict
+    candidate: Candidate
+    evidence: Evidence
+    receipt: Receipt | None
+
+
+def publish(order: Order, output: Path, session: Session) -> Published:
+    """Immunize a model and push it if, and only if, it passes the policy's gate."""
+    policy = order.policy
+    hub, signer = check_plugins(policy, dry_run=order.dry_run)
+    subject, run = prepare(order, output, session)
+    evidence = attack(subject, run, policy, session)
+    verdict = gate(evidence, policy)
+    candidate = pack(order, subject, run, evidence, verdict)
+    if not verdict.passed or order.dry_run:
+        return Published(verdict, candidate, evidence, None)
+    session.progress("publish", 0, 3, "signing")
+    release = sign(attest(candidate, policy, evidence, signer), signer)
+    session.progress("publish", 1, 3, f"pushing to {order.repo}")
+    receipt = hub.push(release, order.repo)
+    session.progress("publish", 2, 3, "verifying what was pushed")
+    pushed = hub.tree(order.repo, receipt.revision)
+    require_intact(verify(pushed, Trust(signer, policy.digest), now=session.now()))
+    session.progress("publish", 3, 3, "verified")
+    return Published(verdict, candidate, evidence, receipt)
+
+
+def check_plugins(policy: Policy, *, dry_run: bool) -> tuple[Hub, Signer]:
+    """Build every plug-in once, so that a wrong option or key stops here, before any work."""
+    Modality.build(policy.modality, where="modality")
+    for place, spec in enumerate(policy.stages):
+        Stage.build(spec, where=f"stages[{place}]")
+    for place, spec in enumerate(policy.attacks):
+        Attack.build(spec, where=f"attacks[{place}]")
+    hub = Hub.build(policy.hub, where="hub")
+    signer = Signer.build(policy.signer, where="signer")
+    if not dry_run:
+        signer.sign(b"{}")  # a missing key or a wrong password is better known now
+    return hub, signer
+
+
+def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]:
+    """Load the base, immunize it (or take it as it is), and load back the very files to be pushed.
+
+    Raises:
+        PolicyError: `output` belongs to another run.
+        ModelError: A model or its data cannot be used.
+        ImmunizationError: A stage failed.
+    """
+    source = local_folder(order.source)
+    undefended = local_folder(order.base) if order.base else source
+    about: dict[str, Any] = {
+        "source": hash_directory(source).root,
+        "base": hash_directory(undefended).payload.root,
+        "policy": order.policy.digest,
+        "as_is": order.as_is,
+        "suite": SUITE,
+    }
+    modality = Modality.build(order.policy.modality)
+    base = modality.load(str(undefended))
+    check_data(base, order.policy)
+    run = Run.claim(output, about)
+    stages: tuple[StageReport, ...] = ()
+    if order.as_is or not order.policy.stages:
+        _take_as_it_is(source, run)
+    else:
+        stages = _immunize(base, order.policy, run, session)
+    immunized = modality.load(str(run.immunized))
+    return Subject(undefended, run.immunized, base, immunized, stages), run
+
+
+def check_data(base: "ModelHandle", policy: Policy) -> None:
+    """Everything about the data that can go wrong, before anything is spent.
+
+    Raises:
+        ModelError: A data set cannot be read, or a concept shares examples with the retained data.
+    """
+    base.digest(policy.retain.dataset)
+    for concept in policy.concepts:
+        overlap = base.overlap(concept.dataset, policy.retain.dataset)
+        if overlap.exact > policy.gate.max_overlap:
+            raise ModelError(
+                f"{concept.name}: {overlap.exact:.1%} of its examples stand in the retained data "
+                f"too ({concept.dataset}); remove them from one of the two, or raise "
+                "gate.max_overlap"
+            )
+
+
+def attack(subject: Subject, run: Run, policy: Policy, session: Session) -> Evidence:
+    """Red-team the subject; what the ledger or a finished run holds is not repeated."""
+    ledger = Ledger(run.ledger, lambda line: session.progress("ledger", 0, 0, line))
+    evidence = red_team(subject, policy, ledger, session)
+    run.write(run.evidence.name, evidence.to_jsonl())
+    return evidence
+
+
+def pack(
+    order: Order, subject: Subject, run: Run, evidence: Evidence, verdict: Verdict
+) -> Candidate:
+    """Write the upload set: payload, documents, card, policy, evidence, report; no proof yet.
+
+    Raises:
+        IntegrityError: The weights are not those that were attacked.
+    """
+    manifest = hash_directory(run.immunized)
+    if manifest.payload.root != evidence.immunized:
+        raise IntegrityError(f"{run.immunized}: changed since it was attacked; run publish again")
+    report = render(evidence, verdict, order.policy, title=order.repo).encode()
+    run.write(run.report.name, report)
+    source = local_folder(order.source)
+    readme = source / "README.md"
+    with folder_made_whole(run.release) as folder:
+        share_files(run.immunized, folder, (entry.name for entry in manifest.payload.entries))
+        share_files(source, folder, _documents(hash_directory(source)))
+        text = card(
+            readme.read_text() if readme.is_file() else None,
+            evidence,
+            verdict,
+            order.policy,
+            name=order.repo,
+        )
+        (folder / "README.md").write_text(text)
+        proof = folder / EVIDENCE_FOLDER
+        proof.mkdir()
+        (proof / "policy.toml").write_bytes(order.policy.source)
+        (proof / "evidence.jsonl").write_bytes(evidence.to_jsonl())
+        (proof / "report.html").write_bytes(report)
+    return Candidate(run.release, verdict, manifest.payload)
+
+
+def local_folder(source: str) -> Path:
+    """The folder a model lies in; a Hub id is fetched into the Hub's own cache first."""
+    if Path(source).is_dir():
+        return Path(source).resolve()
+    name, separator, revision = source.partition("@")
+    if not separator or name.count("/") != 1:
+        raise ModelError(
+            f"{source}: no such folder; for a model of the Hub write OWNER/NAME@REVISION"
+        )
+    return _fetch(name, revision)
+
+
+def _fetch(name: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second to import
+
+    kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=kinds))
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"{name}@{revision}: cannot be fetched from the Hub ({first})") from None
+
+
+def _documents(manifest: Manifest) -> list[str]:
+    kept = (entry.name for entry in manifest.entries if entry.kind == "documentation")
+    return [name for name in kept if name != "README.md"]
+
+
+def _take_as_it_is(source: Path, run: Run) -> None:
+    manifest = hash_directory(source)
+    if run.immunized.is_dir() and hash_directory(run.immunized).root == manifest.payload.root:
+        return
+    with folder_made_whole(run.immunized) as folder:
+        share_files(source, folder, (entry.name for entry in manifest.payload.entries))
+
+
+def _immunize(
+    base: "ModelHandle", policy: Policy, run: Run, session: Session
+) -> tuple[StageReport, ...]:
+    """Apply the stages in order and save the result; a finished one is taken from the folder."""
+    if run.immunized.is_dir():
+        return tuple(map(StageReport.model_validate, json.loads(run.stages.read_bytes())))
+    model, reports = base, []
+    for place, spec in enumerate(policy.stages):
+        model, report = _apply(
+            Stage.build(spec), model, policy, run.checkpoints(place, spec.name), session
+        )
+        reports.append(report)
+    run.write(run.stages.name, canonical_json([report.model_dump() for report in reports]))
+    with folder_made_whole(run.immunized) as folder:
+        model.save(folder)
+    return tuple(reports)
+
+
+def _apply(
+    stage: Stage, model: "ModelHandle", policy: Policy, checkpoints: Path, session: Session
+) -> "tuple[ModelHandle, StageReport]":
+    def progress(done: int, steps: int, line: str) -> None:
+        session.progress(f"immunize: {stage.name}", done, steps, line)
+
+    started = time.perf_counter()
+    immunized = stage.immunize(model, policy, Workspace(checkpoints, progress))
+    report = StageReport(
+        name=stage.name,
+        paper=stage.paper,
+        options=stage.model_dump(mode="json"),
+        measures=stage.measure(model, immunized, policy),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+    return immunized, report
