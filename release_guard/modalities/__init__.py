@@ -6,14 +6,14 @@ Shapes: N predictions, C classes or vocabulary entries, F features.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from release_guard.data import Split
+from release_guard.data import Overlap, Split
 from release_guard.plugins import Plugin
 
 Batch = Mapping[str, Tensor]
@@ -55,6 +55,10 @@ class ModelHandle(ABC):
     @abstractmethod
     def digest(self, dataset: str) -> str:
         """SHA-256 over the contents of a data set's examples."""
+
+    @abstractmethod
+    def overlap(self, dataset: str, other: str) -> Overlap:
+        """How much of a data set also stands in another one."""
 
     @property
     @abstractmethod
@@ -131,9 +135,24 @@ class Modality(Plugin):
         """
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """Shares of a data set's examples that also stand in another one."""
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every part is in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
-    exact: float
-    near: float
+
+def reinitialize(layer: nn.Linear, *, seed: int) -> None:
+    """New weights in place, Xavier uniform and zero bias; the global random state stays."""
+    weight_CF = torch.empty(layer.weight.shape)
+    nn.init.xavier_uniform_(weight_CF, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        layer.weight.copy_(weight_CF)
+        if layer.bias is not None:
+            layer.bias.zero_()

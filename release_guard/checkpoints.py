@@ -1,0 +1,217 @@
+"""Model folders in the layout of `transformers`: fetched, distrusted, loaded whole or not at all.
+
+Safetensors only, code of the repository never: what is attacked must be what anybody loads.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from release_guard.errors import ModelError
+from release_guard.policy import HUB_PREFIX
+
+_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def fetch(source: str) -> Path:
+    """A folder as it is, or the files of `OWNER/NAME@REVISION` in the Hub's local cache.
+
+    Raises:
+        ModelError: No such folder, no revision, or the Hub does not give it.
+    """
+    if (folder := Path(source)).is_dir():
+        return folder
+    if not (match := _HUB.fullmatch(source.removeprefix(HUB_PREFIX))):
+        advice = "give a model folder, or OWNER/NAME@REVISION for a model on the Hub"
+        raise ModelError(f"{source}: no such folder; {advice}")
+    disable_progress_bars()
+    try:
+        path = huggingface_hub.snapshot_download(
+            match["repo"],
+            revision=match["revision"],
+            allow_patterns=_WANTED,
+            ignore_patterns=["*/*"],
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{source}: the Hub does not give this model: {reason}") from error
+    return Path(path)
+
+
+def load(source: str, *, auto: Any, architectures: Iterable[Any], modality: str) -> nn.Module:
+    """Load weights as fp32, in evaluation mode, each with memory of its own.
+
+    Args:
+        source: What the user wrote; `fetch` turns it into a folder.
+        auto: A `transformers` auto class for models.
+        architectures: Class names (or tuples of them) that it may load.
+        modality: Its name, for messages.
+
+    Raises:
+        ModelError: The folder is not exactly one whole, finite model of this kind.
+    """
+    folder = fetch(source)
+    name = _architecture(source, folder, architectures, modality)
+    _check_weights(source, folder)
+    attention = "sdpa" if getattr(transformers, name)._supports_sdpa else "eager"
+    try:
+        with quiet():
+            module, report = auto.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation=attention,  # never the file's wish: it can name code to fetch
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{source}: cannot be loaded as {name}: {reason}") from error
+    _check_report(source, report)
+    _check_finite(source, module)
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()  # mapped files are misaligned, slow, and may change
+    loaded: nn.Module = module.eval()
+    return loaded
+
+
+def fresh(module: Any, *, auto: Any, seed: int) -> nn.Module:
+    """Random weights for the same configuration; the global random state stays as it is.
+
+    Raises:
+        ModelError: The library made another configuration of it.
+    """
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.default_generator.manual_seed(seed)
+        twin = auto.from_config(
+            copy.deepcopy(module.config), attn_implementation=module.config._attn_implementation
+        )
+    if twin.config.to_dict() != module.config.to_dict():
+        raise ModelError("the configuration with random weights differs from the model's own")
+    parameter = next(module.parameters())
+    made: nn.Module = twin.eval().to(device=parameter.device, dtype=parameter.dtype)
+    return made
+
+
+def check_same_shape(source: str, module: nn.Module, other: nn.Module) -> None:
+    """Refuse a checkpoint of another architecture.
+
+    Raises:
+        ModelError: `other`, read from `source`, has not the tensors of `module`.
+    """
+    mine, theirs = (
+        {(name, tensor.shape) for name, tensor in part.state_dict().items()}
+        for part in (module, other)
+    )
+    if differing := sorted(name for name, _ in mine ^ theirs):
+        what = f"{differing[0]} is not there or has another shape"
+        raise ModelError(f"{source}: another architecture than the model's: {what}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the library's bars and log lines to itself."""
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _architecture(source: str, folder: Path, allowed: Iterable[Any], modality: str) -> str:
+    """The class of the model in a folder, if it is one of those allowed."""
+    for path in sorted(folder.glob("*config.json")):
+        if "auto_map" in _json(source, path):
+            reason = f"{path.name} names code of its own (auto_map), which is never run"
+            advice = "remove that key if transformers loads the model without it"
+            raise ModelError(f"{source}: {reason}; {advice}")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{source}: an adapter, not a whole model; merge it into its base first")
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{source}: no config.json; is this the folder of a transformers model?")
+    config = _json(source, folder / "config.json")
+    if "quantization_config" in config:
+        raise ModelError(f"{source}: quantized already; give the weights in full precision")
+    found = [str(name) for name in config.get("architectures") or ["nothing"]]
+    names = {name for entry in allowed for name in ([entry] if isinstance(entry, str) else entry)}
+    if found[0] not in names:
+        example = next(name for name in sorted(names) if name.startswith(("Llama", "ViT")))
+        wanted = f"modality {modality} loads models such as {example}"
+        raise ModelError(f"{source}: config.json says {found[0]}; {wanted}; correct modality.name")
+    return found[0]
+
+
+def _json(source: str, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: {path.name} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{source}: {path.name} is not a JSON object; fetch the model again")
+    return content
+
+
+def _check_weights(source: str, folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    wanted = {name for name in names if name.endswith(".safetensors")}
+    if "model.safetensors.index.json" in names:
+        index = _json(source, folder / "model.safetensors.index.json")
+        wanted = set(index.get("weight_map", {}).values())
+    if not wanted:
+        raise ModelError(f"{source}: {_no_weights(names)}")
+    for name in sorted(wanted):
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(
+                f"{source}: {name} is damaged or missing ({reason}); fetch it again"
+            ) from None
+
+
+def _no_weights(names: Iterable[str]) -> str:
+    pickles = sorted(name for name in names if Path(name).suffix in _PICKLES)
+    if not pickles:
+        return "no weights (model.safetensors); fetch the model again, or convert its pickle files"
+    return (
+        f"only pickled weights ({pickles[0]}), which can run code when they are loaded; in a "
+        "sandbox: AutoModel class.from_pretrained(FOLDER).save_pretrained(NEW) writes safetensors"
+    )
+
+
+def _check_report(source: str, report: dict[str, Any]) -> None:
+    for kind, meaning in (
+        ("missing_keys", "lack"),
+        ("mismatched_keys", "have another shape of"),
+        ("unexpected_keys", "hold, beyond the model,"),
+    ):
+        if keys := sorted(map(str, report[kind])):
+            what = f"the weights {meaning} {keys[0]}"
+            raise ModelError(f"{source}: {what} ({len(keys)} such); fetch or save the model again")
+
+
+def _check_finite(source: str, module: nn.Module) -> None:
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ModelError(f"{source}: {name} holds NaN or infinity; fetch or train it again")

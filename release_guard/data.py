@@ -1,0 +1,270 @@
+"""Data sets: read through `datasets`, split by what an example holds, compared by content.
+
+An example's place depends on nothing but its own content, so exact duplicates never straddle two
+splits, and rows in another order give the same splits, batches and digest.
+"""
+
+import hashlib
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import datasets
+import numpy as np
+
+from release_guard.errors import ModelError
+from release_guard.plugins import advise
+from release_guard.policy import HUB_PREFIX, Concept, Target
+
+Split = Literal["immunize", "attack", "search", "confirm", "utility", "search_half", "confirm_half"]
+"""Stages train on `immunize`, attacks on `attack`; `search` and `confirm` are scored only. A data
+set that is retained is scored on `utility`; one that only scores is halved (`scored`)."""
+
+_INTERVALS: Mapping[Split, tuple[float, float]] = {
+    "immunize": (0, 1 / 3),
+    "attack": (1 / 3, 2 / 3),
+    "search": (2 / 3, 5 / 6),
+    "confirm": (5 / 6, 1),
+    "utility": (2 / 3, 1),
+    "search_half": (0, 1 / 2),
+    "confirm_half": (1 / 2, 1),
+}
+_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+_HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Shares of a data set's examples that also stand in another one.
+
+    Attributes:
+        exact: With the same content.
+        near: With nearly or exactly the same content.
+    """
+
+    exact: float
+    near: float
+
+
+def scored(target: Target, phase: Literal["search", "confirm"]) -> tuple[str, Split]:
+    """Data set and split that score a target: `handle.scores(*scored(target, "search"), ...)`.
+
+    Without `scored_on` that is the split of this name. With it every example of that other data set
+    serves: half of them, by content, in the search and the other half in the confirmation.
+    """
+    if isinstance(target, Concept) and target.scored_on is not None:
+        return target.scored_on, "search_half" if phase == "search" else "confirm_half"
+    return target.dataset, phase
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as they were read, images still encoded."""
+
+    source: str
+    rows: Any
+
+    @classmethod
+    def read(cls, source: str) -> Self:
+        """Read a data set; of several splits the one called "train".
+
+        Args:
+            source: A .parquet, .jsonl, .json or .csv file, a folder of such files or of images,
+                or `hf://datasets/OWNER/NAME@REVISION`.
+
+        Raises:
+            ModelError: Nothing is there, it cannot be read, or it is empty.
+        """
+        request = _request(source)
+        datasets.disable_progress_bars()
+        try:
+            rows = datasets.load_dataset(**request, split="train")
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = _first_line(error.__cause__ or error)
+            raise ModelError(f"{source}: cannot be read as a data set: {reason}") from error
+        if len(rows) == 0:
+            raise ModelError(f"{source}: the data set is empty; give it examples")
+        for name, feature in rows.features.items():
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+        return cls(source, rows)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        return tuple(self.rows.column_names)
+
+    def column(self, name: str, *, option: str) -> list[Any]:
+        """All values of a column.
+
+        Raises:
+            ModelError: There is none of this name, or a value is missing.
+        """
+        if name not in self.columns:
+            hint = advise(name, self.columns)
+            raise ModelError(f"{self.source}: no column {name!r}; set modality.{option}; {hint}")
+        values: list[Any] = self.rows.with_format("arrow")[:][name].to_pylist()
+        if None in values:
+            place = f"row {values.index(None)}, column {name!r}"
+            raise ModelError(f"{self.source}: {place} is empty; fill it or remove the row")
+        return values
+
+    def class_names(self, name: str) -> tuple[str, ...]:
+        """Names behind the numbers of a class column; none if it has no such names."""
+        feature = self.rows.features[name]
+        return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
+
+    @property
+    def is_folder_of_images(self) -> bool:
+        """Whether classes were numbered by sorting the folders that happen to be there."""
+        return str(self.rows.info.builder_name) == "imagefolder"
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Which rows of a data set are whose.
+
+    Attributes:
+        source: The data set.
+        contents: SHA-256 of each row's content, in the order of the rows.
+        order: All row numbers, sorted by content and label.
+        digest: SHA-256 over all contents and labels, whatever the order of the rows.
+    """
+
+    source: str
+    contents: tuple[bytes, ...]
+    order: tuple[int, ...]
+    digest: str
+
+    @classmethod
+    def of(cls, source: str, contents: Sequence[bytes], labels: Sequence[bytes]) -> Self:
+        """List a data set's examples.
+
+        Args:
+            source: The data set.
+            contents: What each row holds, labels aside; decides its split.
+            labels: The rest of each row, only digested.
+        """
+        keys = [hashlib.sha256(content).digest() for content in contents]
+        marks = [hashlib.sha256(label).digest() for label in labels]
+        entries = [key + mark for key, mark in zip(keys, marks, strict=True)]
+        order = sorted(range(len(entries)), key=entries.__getitem__)
+        digest = hashlib.sha256(b"".join(entries[row] for row in order)).hexdigest()
+        return cls(source, tuple(keys), tuple(order), digest)
+
+    def rows(self, split: Split) -> list[int]:
+        """Row numbers of a split, in an order that is random but always the same.
+
+        Raises:
+            ModelError: The split is empty.
+        """
+        low, high = _INTERVALS[split]
+        rows = [row for row in self.order if low <= _position(self.contents[row]) < high]
+        if not rows:
+            have = f"none of its {len(self.order)} examples"
+            raise ModelError(f"{self.source}: {have} falls into {split!r}; add examples")
+        return rows
+
+    def batches(self, split: Split, *, size: int, seed: int) -> Iterator[list[int]]:
+        """Endless batches of `size` row numbers, shuffled anew each pass.
+
+        What is left over at the end of a pass is dropped.
+
+        Raises:
+            ModelError: The split has fewer than `size` examples; at once, not at the first batch.
+        """
+        rows = self.rows(split)
+        if len(rows) < size:
+            have = f"{split!r} holds {len(rows)} of {len(self.order)} examples"
+            advice = "add examples or lower the batch size"
+            raise ModelError(f"{self.source}: {have}, a batch wants {size}; {advice}")
+        return _batches(rows, size, seed)
+
+    def share_in(self, other: "Catalogue") -> float:
+        """Share of the examples whose content stands in the other data set too."""
+        theirs = set(other.contents)
+        return sum(content in theirs for content in self.contents) / len(self.contents)
+
+
+def near_images(mine: Sequence[bytes], theirs: Sequence[bytes], *, bits: int) -> float:
+    """Share of perceptual hashes within `bits` differing bits of one of theirs."""
+    mine_NB, theirs_MB = (
+        np.frombuffer(b"".join(hashes), dtype=np.uint64).reshape(len(hashes), -1)
+        for hashes in (mine, theirs)
+    )
+    near = 0
+    for hash_B in mine_NB:
+        distances_M = np.bitwise_count(theirs_MB ^ hash_B).sum(axis=1, dtype=np.uint16)
+        near += int(distances_M.min()) <= bits
+    return near / len(mine)
+
+
+def near_texts(mine: Sequence[str], theirs: Sequence[str], *, jaccard: float) -> float:
+    """Share of texts whose word trigrams have at least this Jaccard similarity with one of theirs.
+
+    Exact: two such sets must share one of their rarest few trigrams, so only those are looked up.
+    """
+    mine_grams, theirs_grams = ([_trigrams(text) for text in texts] for texts in (mine, theirs))
+    frequency = Counter(gram for grams in (*mine_grams, *theirs_grams) for gram in grams)
+
+    def rarest(grams: frozenset[str]) -> list[str]:
+        kept = len(grams) - math.ceil(jaccard * len(grams)) + 1
+        return sorted(grams, key=lambda gram: (frequency[gram], gram))[:kept]
+
+    holders: dict[str, set[int]] = {}
+    for number, grams in enumerate(theirs_grams):
+        for gram in rarest(grams):
+            holders.setdefault(gram, set()).add(number)
+
+    def is_near(grams: frozenset[str]) -> bool:
+        candidates = set().union(*(holders.get(gram, ()) for gram in rarest(grams)))
+        return any(
+            len(grams & theirs_grams[number]) >= jaccard * len(grams | theirs_grams[number])
+            for number in candidates
+        )
+
+    return sum(map(is_near, mine_grams)) / len(mine)
+
+
+def _request(source: str) -> dict[str, Any]:
+    if source.startswith(HUB_PREFIX):
+        if not (match := _HUB.fullmatch(source)):
+            advice = "write hf://datasets/OWNER/NAME@REVISION, the revision a commit or a tag"
+            raise ModelError(f"{source}: not a data set at a revision; {advice}")
+        return {"path": match["repo"], "revision": match["revision"]}
+    path = Path(source)
+    if path.is_dir():
+        return {"path": str(path)}
+    if not path.exists():
+        raise ModelError(f"{source}: no such file or folder; check `dataset` in the policy")
+    if not (builder := _BUILDERS.get(path.suffix.lower())):
+        kinds = ", ".join(_BUILDERS)
+        raise ModelError(f"{source}: not a data set; use a folder or one of {kinds}")
+    return {"path": builder, "data_files": str(path)}
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def _position(content: bytes) -> float:
+    return int.from_bytes(content[:6]) / 2**48
+
+
+def _batches(rows: Sequence[int], size: int, seed: int) -> Iterator[list[int]]:
+    shuffler = random.Random(seed)  # noqa: S311  order of training data, not a secret
+    while True:
+        shuffled = shuffler.sample(rows, len(rows))
+        for start in range(0, len(rows) - size + 1, size):
+            yield shuffled[start : start + size]
+
+
+def _trigrams(text: str) -> frozenset[str]:
+    words = re.findall(r"\w+", text.casefold()) or [text]
+    return frozenset(" ".join(words[at : at + 3]) for at in range(max(1, len(words) - 2)))

@@ -1,0 +1,48 @@
+"""Fixtures for all tests: pico models and data, one thread, no network, caches of their own."""
+
+import os
+import shutil
+import tempfile
+
+_CACHE = tempfile.mkdtemp(prefix="release-guard-tests-")
+os.environ.update(
+    HF_HOME=_CACHE,
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    OMP_NUM_THREADS="1",
+    OMP_WAIT_POLICY="PASSIVE",
+    GOMP_SPINCOUNT="0",
+    TOKENIZERS_PARALLELISM="false",
+)  # before anything imports torch or huggingface_hub: they read it once
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def image_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with retained.parquet and restricted.parquet, tiny images of eight classes."""
+    import pico
+
+    return pico.image_data(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT that knows the retained images; never change it, copy it."""
+    import pico
+
+    return pico.pico_classifier(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="session")
+def resnet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a ResNet."""
+    import pico
+
+    return pico.pico_resnet(tmp_path_factory.mktemp("resnet"))
