@@ -15,24 +15,36 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import datasets
-import numpy as np
 
 from release_guard.errors import ModelError
 from release_guard.plugins import advise
 from release_guard.policy import HUB_PREFIX, Concept, Target
 
-Split = Literal["immunize", "attack", "search", "confirm", "utility", "search_half", "confirm_half"]
-"""Stages train on `immunize`, attacks on `attack`; `search` and `confirm` are scored only. A data
-set that is retained is scored on `utility`; one that only scores is halved (`scored`)."""
+Split = Literal[
+    "immunize",
+    "attack",
+    "search",
+    "confirm",
+    "search_half",
+    "confirm_half",
+    "retain",
+    "guard",
+    "utility",
+]
+"""Of a target, stages train on `immunize`, attacks on `attack`; `search` and `confirm` are scored
+only, and a data set that only scores is halved (`scored`). Of the retained data, stages train on
+`retain` and watch `guard`; `utility` is scored only."""
 
 _INTERVALS: Mapping[Split, tuple[float, float]] = {
     "immunize": (0, 1 / 3),
     "attack": (1 / 3, 2 / 3),
     "search": (2 / 3, 5 / 6),
     "confirm": (5 / 6, 1),
-    "utility": (2 / 3, 1),
     "search_half": (0, 1 / 2),
     "confirm_half": (1 / 2, 1),
+    "retain": (0, 0.6),
+    "guard": (0.6, 0.7),
+    "utility": (0.7, 1),
 }
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 _HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
@@ -189,19 +201,6 @@ class Catalogue:
         """Share of the examples whose content stands in the other data set too."""
         theirs = set(other.contents)
         return sum(content in theirs for content in self.contents) / len(self.contents)
-
-
-def near_images(mine: Sequence[bytes], theirs: Sequence[bytes], *, bits: int) -> float:
-    """Share of perceptual hashes within `bits` differing bits of one of theirs."""
-    mine_NB, theirs_MB = (
-        np.frombuffer(b"".join(hashes), dtype=np.uint64).reshape(len(hashes), -1)
-        for hashes in (mine, theirs)
-    )
-    near = 0
-    for hash_B in mine_NB:
-        distances_M = np.bitwise_count(theirs_MB ^ hash_B).sum(axis=1, dtype=np.uint16)
-        near += int(distances_M.min()) <= bits
-    return near / len(mine)
 
 
 def near_texts(mine: Sequence[str], theirs: Sequence[str], *, jaccard: float) -> float:

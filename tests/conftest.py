@@ -17,6 +17,7 @@ os.environ.update(
 
 from pathlib import Path  # noqa: E402
 
+import pico  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -27,22 +28,16 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def image_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with retained.parquet and restricted.parquet, tiny images of eight classes."""
-    import pico
-
     return pico.image_data(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")
 def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ViT that knows the retained images; never change it, copy it."""
-    import pico
-
     return pico.pico_classifier(tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture(scope="session")
 def resnet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a ResNet."""
-    import pico
-
     return pico.pico_resnet(tmp_path_factory.mktemp("resnet"))

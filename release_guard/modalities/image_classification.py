@@ -2,27 +2,22 @@
 
 import copy
 import functools
-import io
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from release_guard import checkpoints
-from release_guard.data import Catalogue, Overlap, Split, Table, near_images
+from release_guard import checkpoints, images
+from release_guard.data import Catalogue, Overlap, Split, Table
 from release_guard.errors import ModelError
 from release_guard.modalities import Batch, Modality, ModelHandle, evaluating, reinitialize
 
-_NEAR_BITS = 12  # of 256
 _SCORED_TOGETHER = 256
 
 
@@ -64,9 +59,9 @@ class ImageClassifier(ModelHandle):
         self._images: Callable[[str], _Images] = functools.cache(read)  # shared between copies
 
     def batches(self, dataset: str, split: Split, *, size: int, seed: int) -> Iterator[Batch]:
-        images = self._images(dataset)
-        batches = images.catalogue.batches(split, size=size, seed=seed)
-        return (self._batch(images, rows) for rows in batches)
+        data = self._images(dataset)
+        batches = data.catalogue.batches(split, size=size, seed=seed)
+        return (self._batch(data, rows) for rows in batches)
 
     def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.module(pixel_values=batch["pixels"]).logits, batch["labels"]
@@ -79,12 +74,12 @@ class ImageClassifier(ModelHandle):
         return seen[0], batch["labels"]
 
     def scores(self, dataset: str, split: Split, *, limit: int) -> Sequence[float]:
-        images = self._images(dataset)
-        rows = images.catalogue.rows(split)[:limit]
+        data = self._images(dataset)
+        rows = data.catalogue.rows(split)[:limit]
         scores: list[float] = []
         with evaluating(self.module):
             for start in range(0, len(rows), _SCORED_TOGETHER):
-                batch = self._batch(images, rows[start : start + _SCORED_TOGETHER])
+                batch = self._batch(data, rows[start : start + _SCORED_TOGETHER])
                 logits_NC, labels_N = self.logits(batch)
                 right_N = (logits_NC.argmax(dim=1) == labels_N).double()
                 right_N[~logits_NC.isfinite().all(dim=1)] = torch.nan
@@ -98,7 +93,7 @@ class ImageClassifier(ModelHandle):
         mine, theirs = self._images(dataset), self._images(other)
         return Overlap(
             exact=mine.catalogue.share_in(theirs.catalogue),
-            near=near_images(mine.sketches, theirs.sketches, bits=_NEAR_BITS),
+            near=images.near_share(mine.pixels, theirs.pixels),
         )
 
     @property
@@ -135,13 +130,13 @@ class ImageClassifier(ModelHandle):
         checkpoints.check_same_shape(source, self.module, twin.module)
         return twin
 
-    def _batch(self, images: "_Images", rows: Sequence[int]) -> Batch:
-        pixels = torch.from_numpy(images.pixels[rows]).to(self.device)
-        labels_N = torch.tensor([images.labels[row] for row in rows], device=self.device)
+    def _batch(self, data: "_Images", rows: Sequence[int]) -> Batch:
+        pixels = torch.from_numpy(data.pixels[rows]).to(self.device)
+        labels_N = torch.tensor([data.labels[row] for row in rows], device=self.device)
         return {"pixels": _normalized(pixels, self._processor), "labels": labels_N}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Images:
     """Decoded images at the model's size.
 
@@ -149,13 +144,11 @@ class _Images:
         catalogue: Splits and digest.
         pixels: Bytes, (N, channels, height, width).
         labels: Class numbers.
-        sketches: Perceptual hashes.
     """
 
     catalogue: Catalogue
     pixels: Any
     labels: Sequence[int]
-    sketches: Sequence[bytes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,38 +161,36 @@ class _Reader:
         table = Table.read(source)
         labels = self._labels(table)
         cells = table.column(self.modality.image_column, option="image_column")
-        images = [_decode(cell, f"{source}: row {row}") for row, cell in enumerate(cells)]
-        contents = [_content(image) for image in images]
+        pictures = [images.decode(cell, f"{source}: row {row}") for row, cell in enumerate(cells)]
+        contents = [images.content(picture) for picture in pictures]
         return _Images(
             catalogue=Catalogue.of(source, contents, [str(label).encode() for label in labels]),
-            pixels=self._pixels(images, source),
+            pixels=self._pixels(pictures, source),
             labels=labels,
-            sketches=[_sketch(image) for image in images],
         )
 
     def _labels(self, table: Table) -> list[int]:
-        column, classes = self.modality.label_column, self.config.num_labels
+        column, known = self.modality.label_column, self.config.label2id
         values = table.column(column, option="label_column")
         if names := table.class_names(column):
-            values = _by_name(values, names, self.config.label2id, table)
-        known = self.config.label2id
+            values = _by_name(values, names, known, table)
         labels = [known.get(value, value) for value in values]
         for row, label in enumerate(labels):
-            if type(label) is not int or not 0 <= label < classes:
+            if type(label) is not int or not 0 <= label < self.config.num_labels:
                 what = f"row {row}, column {column!r} holds {label!r}"
-                wanted = f"the model knows classes 0 to {classes - 1} and the names in label2id"
+                wanted = f"the model knows classes 0 to {self.config.num_labels - 1}"
                 raise ModelError(f"{table.source}: {what}; {wanted}; mend the column")
         return labels
 
-    def _pixels(self, images: Sequence[PIL.Image.Image], source: str) -> Any:
+    def _pixels(self, pictures: Sequence[PIL.Image.Image], source: str) -> Any:
         mode = "L" if _channels(self.config) == 1 else "RGB"
-        converted = [image.convert(mode) for image in images]
+        converted = [picture.convert(mode) for picture in pictures]
         # Resize and crop only: bytes take a quarter of the memory, `_normalized` does the rest.
         options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
         try:
             return self.processor(converted, **options)["pixel_values"]
         except ValueError:
-            sizes = sorted({image.size for image in images})
+            sizes = sorted({picture.size for picture in pictures})
             reason = f"images of several sizes ({sizes[0]}, {sizes[-1]}) and nothing resizes them"
             advice = "add preprocessor_config.json to the model"
             raise ModelError(f"{source}: {reason}; {advice}") from None
@@ -218,37 +209,6 @@ def _by_name(
     strange = min(set(names) - set(known))
     advice = "name the folders by class numbers or as in the model's label2id"
     raise ModelError(f"{table.source}: folder {strange!r} is no class of the model; {advice}")
-
-
-def _decode(cell: Any, where: str) -> PIL.Image.Image:
-    data, path = cell, None
-    if isinstance(cell, Mapping):
-        data, path = cell.get("bytes"), cell.get("path")
-    try:
-        if data is None and isinstance(path, str) and "://" not in path:
-            data = Path(path).read_bytes()
-        if not isinstance(data, bytes):
-            advice = "use parquet with encoded images, or a folder of images"
-            raise ModelError(f"{where} holds no image but {type(cell).__name__}; {advice}")
-        image = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))
-        image.load()
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ModelError(f"{where}: image cannot be decoded ({error}); remove the row") from None
-    if image.mode[0] in "IF":
-        raise ModelError(f"{where}: image has more than 8 bits a channel; convert it to 8 bits")
-    return image
-
-
-def _content(image: PIL.Image.Image) -> bytes:
-    """Size and colours, whatever the file's format and colour mode."""
-    return struct.pack("<II", *image.size) + image.convert("RGB").tobytes()
-
-
-def _sketch(image: PIL.Image.Image) -> bytes:
-    """256 bits: is a pixel of the 17x16 grey thumbnail brighter than its right neighbour?"""
-    thumbnail = image.convert("L").resize((17, 16), PIL.Image.Resampling.BOX)
-    pixels = np.asarray(thumbnail)
-    return np.packbits(pixels[:, 1:] < pixels[:, :-1]).tobytes()
 
 
 def _processor(source: str, module: Any) -> Any:
