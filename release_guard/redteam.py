@@ -102,6 +102,67 @@ CONFIRM_CONTROL = Phase("confirm the controls", "confirming", "confirm", offset=
 LONG_RUN = Phase("long run", "long_run", "confirm", offset=2_000, long=True)
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What all trials of a run share.
+
+    Attributes:
+        policy: Seeds, budgets, numbers of examples.
+        roots: Digest of each arm's files.
+        data: Digest of each target's examples.
+    """
+
+    policy: Policy
+    roots: Mapping[Arm, str]
+    data: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls, base: "ModelHandle", undefended: Path, defended: Path | None, policy: Policy
+    ) -> "Ground":
+        """Hash what is attacked; a plan has no `defended` yet."""
+        roots: dict[Arm, str] = {
+            "undefended": hash_directory(undefended).payload.root,
+            "defended": hash_directory(defended).payload.root if defended else "",
+            "never_knew": _never_knew_root(undefended, policy),
+        }
+        data = {concept.name: _data_digest(base, concept) for concept in policy.concepts}
+        return cls(policy, roots, data)
+
+    def trials(
+        self,
+        phase: Phase,
+        arm: Arm,
+        concept: Concept,
+        attacks: Sequence[Spec],
+        precisions: Sequence[Precision],
+        ceiling: float,
+    ) -> list[Trial]:
+        """Every trial of a phase on one arm; `ceiling` ends those that stop at a breach."""
+        red = self.policy.red_team
+        searches = phase.split == "search"
+        limit = red.budget.limit * (red.long_run if phase.long else 1)
+        return [
+            Trial(
+                arm=arm,
+                precision=precision,
+                target=concept.name,
+                attack=attack,
+                seed=self.policy.seed + phase.offset + seed,
+                budget=Budget(unit=red.budget.unit, limit=limit),
+                ceiling=ceiling if phase.stops else None,
+                split=phase.split,
+                examples=red.search_examples if searches else red.confirm_examples,
+                grid_ratio=red.grid_ratio,
+                weights=self.roots[arm],
+                data=self.data[concept.name],
+            )
+            for attack in attacks
+            for precision in precisions
+            for seed in range(red.search_seeds if searches else red.confirm_seeds)
+        ]
+
+
 class Breached(Exception):  # noqa: N818  not an error: the one early way out
     """A breach of the defended model was confirmed."""
 
@@ -143,15 +204,8 @@ class _Team:
     stopped: bool = False
 
     def __post_init__(self) -> None:
-        self._roots: dict[Arm, str] = {
-            "undefended": hash_directory(self.subject.undefended).payload.root,
-            "defended": hash_directory(self.subject.defended).payload.root,
-            "never_knew": _never_knew_root(self.subject.undefended, self.policy),
-        }
-        self._data = {
-            concept.name: _data_digest(self.subject.base, concept)
-            for concept in self.policy.concepts
-        }
+        subject = self.subject
+        self._ground = Ground.of(subject.base, subject.undefended, subject.defended, self.policy)
 
     def attack_defended(self, concept: Concept) -> None:
         """Search on the defended arm; confirm what breached at once, what came close afterwards."""
@@ -218,8 +272,8 @@ class _Team:
     def _tune_never_knew(self, concept: Concept, precision: Precision) -> None:
         attacks = from_scratch(listed(self.policy, concept))
         found = list(self._run(CONTROL, "never_knew", concept, attacks, precision))
-        for best in self._ranked(found, concept)[:1]:
-            others = retuned(best, attacks)
+        for leader in self._ranked(found, concept)[:1]:
+            others = retuned(leader, attacks)
             found += self._run(TUNE, "never_knew", concept, others, precision)
         best = self._ranked(found, concept)[:1]
         list(self._run(CONFIRM_CONTROL, "never_knew", concept, best, precision))
@@ -238,12 +292,8 @@ class _Team:
     ) -> Iterator[Record]:
         """Trials of a phase, each recorded as it ends; what the ledger holds is not run again."""
         precisions = self.policy.precisions if precision is None else (precision,)
-        trials = [
-            self._trial(phase, arm, concept, attack, at_precision, seed)
-            for attack in attacks
-            for at_precision in precisions
-            for seed in range(self._num_seeds(phase))
-        ]
+        ceiling = self.ceilings.get(concept.name, 0.0)  # not known yet while it is being found
+        trials = self._ground.trials(phase, arm, concept, attacks, precisions, ceiling)
         self.planned.update(trial.key for trial in trials)
         known = {trial.key: self.ledger.get(trial) for trial in trials}
         ended = 0
@@ -265,42 +315,12 @@ class _Team:
         record = Record(trial=trial, outcome=outcome, origin=phase.origin)
         return self.records.setdefault(trial.key, record)
 
-    def _num_seeds(self, phase: Phase) -> int:
-        red = self.policy.red_team
-        return red.search_seeds if phase.split == "search" else red.confirm_seeds
-
     def _source(self, arm: Arm) -> str:
         if arm == "defended":
             return str(self.subject.defended)
         named = self.policy.red_team.never_knew
         is_named = arm == "never_knew" and named != "fresh"
         return named if is_named else str(self.subject.undefended)
-
-    def _trial(
-        self,
-        phase: Phase,
-        arm: Arm,
-        concept: Concept,
-        attack: Spec,
-        precision: Precision,
-        seed: int,
-    ) -> Trial:
-        red = self.policy.red_team
-        limit = red.budget.limit * (red.long_run if phase.long else 1)
-        return Trial(
-            arm=arm,
-            precision=precision,
-            target=concept.name,
-            attack=attack,
-            seed=self.policy.seed + phase.offset + seed,
-            budget=Budget(unit=red.budget.unit, limit=limit),
-            ceiling=self.ceilings[concept.name] if phase.stops else None,
-            split=phase.split,
-            examples=red.search_examples if phase.split == "search" else red.confirm_examples,
-            grid_ratio=red.grid_ratio,
-            weights=self._roots[arm],
-            data=self._data[concept.name],
-        )
 
 
 def _evidence(team: _Team, started_at: str) -> Evidence:
