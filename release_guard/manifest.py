@@ -1,15 +1,18 @@
 """What a release consists of: names, sizes and SHA-256 digests, wherever the files lie."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
-from release_guard.errors import IntegrityError
+from release_guard.errors import IntegrityError, ReleaseGuardError
 
 FileClass = Literal["evidence", "documentation", "weights", "configuration"]
 
@@ -18,6 +21,7 @@ EVIDENCE_FOLDER = ".release-guard"
 IGNORED = (".git", ".gitattributes", ".github", ".gitignore")  # top level, never part of a release
 _DOCUMENTS = ("*.md", "LICENSE*", "NOTICE*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg")
 _WEIGHTS = ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "onnx", "h5", "msgpack", "npz")
+_DOWNLOAD_CACHE = ".cache/huggingface"  # what `hf download --local-dir` leaves beside the files
 _CHUNK = 1 << 20
 
 
@@ -101,10 +105,8 @@ class DirectoryTree:
 
     def read(self, name: str) -> bytes:
         require_canonical(name)
-        try:
-            return (self.directory / name).read_bytes()
-        except OSError as error:
-            raise IntegrityError(f"{name}: cannot be read ({error.strerror})") from None
+        with _open(_File(self.directory, name)) as file:
+            return file.read()
 
 
 def classify(name: str) -> FileClass:
@@ -112,7 +114,7 @@ def classify(name: str) -> FileClass:
     if name == SIGNATURE or name.startswith(f"{EVIDENCE_FOLDER}/"):
         return "evidence"
     base = PurePosixPath(name).name
-    if any(fnmatch(base, pattern) for pattern in _DOCUMENTS):
+    if any(fnmatchcase(base, pattern) for pattern in _DOCUMENTS):
         return "documentation"
     if base.rpartition(".")[2].lower() in _WEIGHTS:
         return "weights"
@@ -120,75 +122,126 @@ def classify(name: str) -> FileClass:
 
 
 def require_canonical(name: str) -> None:
-    """Refuse names that could mean another file elsewhere.
+    """Refuse names that could mean another file elsewhere, or that not every system can hold.
 
     Raises:
-        IntegrityError: Absolute, empty, `.` or `..` components, backslashes or control characters.
+        IntegrityError: Absolute, empty, `.` or `..` components, backslashes, control characters,
+            or characters that UTF-8 cannot write.
     """
-    parts = name.split("/")
-    bad = any(part in {"", ".", ".."} for part in parts) or "\\" in name
-    if bad or any(ord(character) < 32 for character in name):
-        raise IntegrityError(f"{name!r} is not a file name that a release may have")
+    bad = any(part in {"", ".", ".."} for part in name.split("/")) or "\\" in name
+    odd = any(ord(character) < 32 or "\ud800" <= character <= "\udfff" for character in name)  # noqa: PLR2004
+    if bad or odd:
+        raise IntegrityError(f"{name!a} is not a file name that a release may have")
 
 
 def hash_file(path: Path) -> tuple[str, int]:
-    """SHA-256 in hex and size in bytes of what was really read, in one pass."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(_CHUNK))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-    return digest.hexdigest(), size
+    """SHA-256 in hex and size in bytes of what was really read, in one pass; links are refused."""
+    with _open(_File(path.parent, path.name)) as file:
+        return _hash(file)
 
 
 def hash_directory(directory: Path) -> Manifest:
-    """Manifest of all regular files below a folder; one thread per core, one pass over the bytes.
+    """Manifest of all regular files below a folder; one pass over the bytes, one thread a core.
 
     Links are refused, except links that stay inside the same Hub cache folder (`models--*`), which
     is how the Hub's own cache lays out a snapshot.
 
     Raises:
-        IntegrityError: No folder, a link that leads away, or a name that is not UTF-8.
+        IntegrityError: No folder, a link that leads away, a name that no release may have, or
+            anything that cannot be read.
     """
     if not directory.is_dir():
         raise IntegrityError(f"{directory}: no such folder")
-    names = list(_walk(directory))
+    files = sorted(
+        _walk(directory, ""), key=lambda file: file.size, reverse=True
+    )  # long ones first
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        hashed: Sequence[tuple[str, int]] = list(
-            pool.map(lambda name: hash_file(directory / name), names)
-        )
-    return Manifest.of(
-        FileEntry(name, digest, size) for name, (digest, size) in zip(names, hashed, strict=True)
-    )
+        return Manifest.of(pool.map(_entry, files))
 
 
-def _walk(directory: Path) -> Iterable[str]:
-    for folder, folders, files in os.walk(directory):
-        here = Path(folder)
-        if here == directory:
-            folders[:] = [name for name in folders if name not in IGNORED]
-            files = [name for name in files if name not in IGNORED]
-        for name in folders:
-            if (here / name).is_symlink():
-                raise IntegrityError(f"{here / name}: a release holds no links to folders")
-        for name in files:
-            path = here / name
-            _require_plain(path, directory)
-            relative = path.relative_to(directory).as_posix()
-            try:
-                relative.encode()
-            except UnicodeEncodeError:
-                raise IntegrityError(f"{relative!r}: the name is not UTF-8") from None
-            yield relative
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of a release whole or not at all.
+
+    Raises:
+        ReleaseGuardError: The disk is full or the folder cannot be written.
+    """
+    try:
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise ReleaseGuardError(
+            f"{path}: cannot be written ({error.strerror}); make room there and run the same "
+            "command again"
+        ) from None
 
 
-def _require_plain(path: Path, directory: Path) -> None:
-    if path.is_symlink():
-        cache = next(
-            (p for p in directory.resolve().parents if p.name.startswith("models--")), None
-        )
-        if cache is None or not path.resolve().is_relative_to(cache):
-            raise IntegrityError(f"{path}: a release holds no links; put the file itself there")
-    if not path.is_file():
-        raise IntegrityError(f"{path}: not a regular file")
+@dataclass(frozen=True)
+class _File:
+    directory: Path
+    name: str
+    size: int = 0
+
+    @property
+    def path(self) -> Path:
+        return self.directory / self.name
+
+
+def _walk(directory: Path, prefix: str) -> Iterable[_File]:
+    try:
+        entries = list(os.scandir(directory / prefix))
+    except OSError as error:  # a folder nobody can look into must not pass for an empty one
+        raise IntegrityError(f"{directory / prefix}: cannot be read ({error.strerror})") from None
+    for entry in entries:
+        name = f"{prefix}{entry.name}"
+        if name in IGNORED or name == _DOWNLOAD_CACHE:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(directory, f"{name}/")
+            continue
+        require_canonical(name)
+        yield _File(directory, name, _size(entry))
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    """Only to sort by: a link to nothing has none, and fails when it is opened."""
+    with contextlib.suppress(OSError):
+        return entry.stat().st_size
+    return 0
+
+
+def _entry(file: _File) -> FileEntry:
+    with _open(file) as opened:
+        digest, size = _hash(opened)
+    return FileEntry(file.name, digest, size)
+
+
+def _open(file: _File) -> FileIO:
+    """Open a regular file; never through a link, never waiting for a pipe's other end."""
+    path = _inside_cache(file) if file.path.is_symlink() else file.path
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise IntegrityError(f"{file.path}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise IntegrityError(f"{file.path}: not a regular file; a release holds nothing else")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def _inside_cache(file: _File) -> Path:
+    parents = file.directory.resolve().parents
+    cache = next((parent for parent in parents if parent.name.startswith("models--")), None)
+    found = file.path.resolve()
+    if cache is None or not found.is_relative_to(cache):
+        raise IntegrityError(f"{file.path}: a release holds no links; put the file itself there")
+    return found
+
+
+def _hash(file: FileIO) -> tuple[str, int]:
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(_CHUNK))
+    while count := file.readinto(buffer):
+        digest.update(buffer[:count])
+        size += count
+    return digest.hexdigest(), size
