@@ -5,10 +5,8 @@ splits, and rows in another order give the same splits, batches and digest.
 """
 
 import hashlib
-import math
 import random
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,33 +201,6 @@ class Catalogue:
         return sum(content in theirs for content in self.contents) / len(self.contents)
 
 
-def near_texts(mine: Sequence[str], theirs: Sequence[str], *, jaccard: float) -> float:
-    """Share of texts whose word trigrams have at least this Jaccard similarity with one of theirs.
-
-    Exact: two such sets must share one of their rarest few trigrams, so only those are looked up.
-    """
-    mine_grams, theirs_grams = ([_trigrams(text) for text in texts] for texts in (mine, theirs))
-    frequency = Counter(gram for grams in (*mine_grams, *theirs_grams) for gram in grams)
-
-    def rarest(grams: frozenset[str]) -> list[str]:
-        kept = len(grams) - math.ceil(jaccard * len(grams)) + 1
-        return sorted(grams, key=lambda gram: (frequency[gram], gram))[:kept]
-
-    holders: dict[str, set[int]] = {}
-    for number, grams in enumerate(theirs_grams):
-        for gram in rarest(grams):
-            holders.setdefault(gram, set()).add(number)
-
-    def is_near(grams: frozenset[str]) -> bool:
-        candidates = set().union(*(holders.get(gram, ()) for gram in rarest(grams)))
-        return any(
-            len(grams & theirs_grams[number]) >= jaccard * len(grams | theirs_grams[number])
-            for number in candidates
-        )
-
-    return sum(map(is_near, mine_grams)) / len(mine)
-
-
 def _request(source: str) -> dict[str, Any]:
     if source.startswith(HUB_PREFIX):
         if not (match := _HUB.fullmatch(source)):
@@ -262,8 +233,3 @@ def _batches(rows: Sequence[int], size: int, seed: int) -> Iterator[list[int]]:
         shuffled = shuffler.sample(rows, len(rows))
         for start in range(0, len(rows) - size + 1, size):
             yield shuffled[start : start + size]
-
-
-def _trigrams(text: str) -> frozenset[str]:
-    words = re.findall(r"\w+", text.casefold()) or [text]
-    return frozenset(" ".join(words[at : at + 3]) for at in range(max(1, len(words) - 2)))

@@ -1,9 +1,10 @@
 """Models and data sets so small that a test can train, attack and judge them. All procedural."""
 
 import io
+import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -20,8 +29,8 @@ from transformers import (
 )
 
 SIDE = 8
-NUM_RETAINED = 4
 NUM_CLASSES = 8
+WORDS = ("ash", "bay", "cob", "dew", "elm", "fir", "gum", "hop", "ivy", "jet", "kit", "log")
 
 
 def gratings(classes: Iterable[int], *, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,6 +101,83 @@ def pico_resnet(directory: Path, *, steps: int = 150, seed: int = 0) -> Path:
     return _classifier(directory, ResNetForImageClassification, config, steps=steps, seed=seed)
 
 
+def phrases(kind: str, *, count: int, seed: int) -> list[dict[str, str]]:
+    """Different prompts with their completions: three words, then the same or in reverse."""
+    triples = list(itertools.permutations(WORDS, 3))
+    rows = []
+    for number in np.random.default_rng(seed).permutation(len(triples))[:count]:
+        words = triples[number]
+        said = words if kind == "copy" else words[::-1]
+        rows.append({"prompt": f"{kind} {' '.join(words)} :", "completion": f" {' '.join(said)}"})
+    return rows
+
+
+def choices(*, count: int, seed: int) -> list[dict[str, Any]]:
+    """Which of copied, reversed and rotated words answers a prompt to reverse them?"""
+    rows = []
+    for at, row in enumerate(phrases("reverse", count=count, seed=seed)):
+        third, second, first = row["completion"].split()
+        rivals = [f" {first} {second} {third}", f" {second} {third} {first}"]
+        options = [*rivals[: at % 3], row["completion"], *rivals[at % 3 :]]
+        rows.append({"prompt": row["prompt"], "choices": options, "answer": at % 3})
+    return rows
+
+
+def text_data(directory: Path, *, count: int = 900, seed: int = 0) -> Path:
+    """`retained.jsonl` (copying) and `restricted.jsonl` (reversing)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_jsonl(directory / "retained.jsonl", phrases("copy", count=count, seed=seed))
+    write_jsonl(directory / "restricted.jsonl", phrases("reverse", count=count, seed=seed + 1))
+    return directory
+
+
+def pico_lm(directory: Path, *, steps: int = 250, seed: int = 0, tied: bool = False) -> Path:
+    """A Llama that copies three words and has never been asked to reverse them."""
+    tokenizer = _word_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    rows = phrases("copy", count=1320, seed=seed + 1000)
+    texts = [row["prompt"] + row["completion"] + " </s>" for row in rows]
+    tokens = torch.tensor(tokenizer(texts)["input_ids"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = LlamaForCausalLM(config)
+        _train(module, lambda rows: _next_token_loss(module, tokens[rows]), len(tokens), steps)
+    _save(directory, module, tokenizer)
+    return directory
+
+
+def _word_tokenizer() -> PreTrainedTokenizerFast:
+    beginning, end, unknown = "<s>", "</s>", "<unk>"
+    vocabulary = [beginning, end, unknown, "copy", "reverse", ":", *WORDS]
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    words = Tokenizer(WordLevel(numbers, unk_token=unknown))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(
+        single=f"{beginning} $A", special_tokens=[(beginning, numbers[beginning])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token=beginning, eos_token=end, unk_token=unknown
+    )
+
+
+def _next_token_loss(module: Any, tokens: torch.Tensor) -> torch.Tensor:
+    labels = tokens.clone()
+    labels[:, :6] = -100  # the words themselves are random
+    return module(input_ids=tokens, labels=labels).loss
+
+
 def _classifier(directory: Path, kind: Any, config: Any, *, steps: int, seed: int) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -99,21 +185,38 @@ def _classifier(directory: Path, kind: Any, config: Any, *, steps: int, seed: in
         pixels, labels = gratings(range(0, NUM_CLASSES, 2), count=2000, seed=seed + 1000)
         images = torch.from_numpy(pixels).unsqueeze(1).float() / 127.5 - 1
         classes = torch.from_numpy(labels) // 2
-        optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
-        module.train()
-        for _ in range(steps):
-            rows = torch.randint(len(images), (64,))
-            loss = module(pixel_values=images[rows], labels=classes[rows]).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    module.eval().save_pretrained(directory)
-    ViTImageProcessorPil(
+        _train(
+            module,
+            lambda rows: module(pixel_values=images[rows], labels=classes[rows]).loss,
+            len(images),
+            steps,
+        )
+    processor = ViTImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, image_mean=[0.5], image_std=[0.5]
-    ).save_pretrained(directory)
+    )
+    _save(directory, module, processor)
     return directory
+
+
+def _train(
+    module: Any, loss_of: Callable[[torch.Tensor], torch.Tensor], count: int, steps: int
+) -> None:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    module.train()
+    for _ in range(steps):
+        loss = loss_of(torch.randint(count, (64,)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    module.eval()
+
+
+def _save(directory: Path, *parts: Any) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    for part in parts:
+        part.save_pretrained(directory)
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -5,7 +5,7 @@ Shapes: N predictions, C classes or vocabulary entries, F features.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Self
@@ -156,3 +156,14 @@ def reinitialize(layer: nn.Linear, *, seed: int) -> None:
         layer.weight.copy_(weight_CF)
         if layer.bias is not None:
             layer.bias.zero_()
+
+
+def repeated_layers(module: nn.Module) -> Sequence[nn.Module]:
+    """The layers of the largest list of modules: transformer blocks, or the stages of a ResNet."""
+    parts: Iterator[nn.Module] = module.modules()
+    lists = [part for part in parts if isinstance(part, nn.ModuleList)]
+    return list(max(lists, key=_num_weights))
+
+
+def _num_weights(part: Iterable[nn.Module]) -> int:
+    return sum(weight.numel() for layer in part for weight in layer.parameters())

@@ -16,7 +16,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from release_guard import checkpoints, images
 from release_guard.data import Catalogue, Overlap, Split, Table
 from release_guard.errors import ModelError
-from release_guard.modalities import Batch, Modality, ModelHandle, evaluating, reinitialize
+from release_guard.modalities import (
+    Batch,
+    Modality,
+    ModelHandle,
+    evaluating,
+    reinitialize,
+    repeated_layers,
+)
 
 _SCORED_TOGETHER = 256
 
@@ -102,9 +109,7 @@ class ImageClassifier(ModelHandle):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        parts: Iterator[nn.Module] = self.module.modules()
-        lists = [part for part in parts if isinstance(part, nn.ModuleList)]
-        return list(max(lists, key=_num_weights))
+        return repeated_layers(self.module)
 
     def reinit_head(self, *, seed: int) -> None:
         reinitialize(self.head, seed=seed)
@@ -254,10 +259,6 @@ def _head(module: Any) -> nn.Linear:
         kind = type(module).__name__
         raise ModelError(f"{kind}: its last layer is not linear; this model cannot be probed")
     return candidates[-1]
-
-
-def _num_weights(part: Any) -> int:
-    return sum(weight.numel() for weight in part.parameters())
 
 
 def _positions(module: Any, shape: torch.Size) -> float:
