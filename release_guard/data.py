@@ -45,6 +45,7 @@ _INTERVALS: Mapping[Split, tuple[float, float]] = {
     "utility": (0.7, 1),
 }
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+_UNREADABLE = (OSError, ValueError, RuntimeError, StopIteration)  # what `datasets` raises
 _HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 
 
@@ -94,9 +95,10 @@ class Table:
         datasets.disable_progress_bars()
         try:
             rows = datasets.load_dataset(**request, split="train")
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except (*_UNREADABLE, datasets.exceptions.DatasetsError) as error:
             reason = _first_line(error.__cause__ or error)
-            raise ModelError(f"{source}: cannot be read as a data set: {reason}") from error
+            what = f"empty, or cannot be read as a data set ({reason})"
+            raise ModelError(f"{source}: {what}; mend it or name another") from error
         if len(rows) == 0:
             raise ModelError(f"{source}: the data set is empty; give it examples")
         for name, feature in rows.features.items():

@@ -70,7 +70,7 @@ def _sketches(pixels: Any) -> Any:
     """256 bits each: is a place of a grey 16x17 thumbnail brighter than its left neighbour?"""
     thumbnails = [
         nn.functional.adaptive_avg_pool2d(
-            torch.from_numpy(image).float().mean(dim=0)[None], (16, 17)
+            torch.tensor(image, dtype=torch.float32).mean(dim=0)[None], (16, 17)
         )
         for image in pixels
     ]

@@ -19,6 +19,9 @@ from pathlib import Path  # noqa: E402
 
 import pico  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
 
 
 def pytest_unconfigure() -> None:
@@ -41,3 +44,15 @@ def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resnet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a ResNet."""
     return pico.pico_resnet(tmp_path_factory.mktemp("resnet"))
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with retained.jsonl (copying words) and restricted.jsonl (reversing them)."""
+    return pico.text_data(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama that copies words and has never reversed any."""
+    return pico.pico_lm(tmp_path_factory.mktemp("llama"))

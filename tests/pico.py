@@ -131,7 +131,7 @@ def text_data(directory: Path, *, count: int = 900, seed: int = 0) -> Path:
     return directory
 
 
-def pico_lm(directory: Path, *, steps: int = 250, seed: int = 0, tied: bool = False) -> Path:
+def pico_lm(directory: Path, *, steps: int = 200, seed: int = 0, tied: bool = False) -> Path:
     """A Llama that copies three words and has never been asked to reverse them."""
     tokenizer = _word_tokenizer()
     config = LlamaConfig(
@@ -156,6 +156,43 @@ def pico_lm(directory: Path, *, steps: int = 250, seed: int = 0, tied: bool = Fa
         _train(module, lambda rows: _next_token_loss(module, tokens[rows]), len(tokens), steps)
     _save(directory, module, tokenizer)
     return directory
+
+
+def pico_policy(directory: Path, data: Path, **changes: Any) -> Path:
+    """A policy.toml about the pico images in `data`: one concept, one attack, no stage.
+
+    A change replaces a top-level key; a table is merged into the one that is there, and None
+    removes the key.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    table: dict[str, Any] = {
+        "schema_version": 1,
+        "modality": {"name": "image_classification"},
+        "retain": {"dataset": str(data / "retained.parquet"), "margin": 0.05},
+        "concepts": [
+            {"name": "odd-angles", "dataset": str(data / "restricted.parquet"), "ceiling": 0.6}
+        ],
+        "attacks": [{"name": "finetune", "lr": 0.003, "optimizer": "adam"}],
+        "red_team": {"profile": "smoke", "budget": {"unit": "steps", "limit": 40}},
+        "gate": {"mandatory": ["finetune"]},
+        "signer": {"name": "key", "path": "key.pem"},
+        "hub": {"name": "directory", "path": "hub"},
+    }
+    for key, value in changes.items():
+        merged = isinstance(value, dict) and isinstance(table.get(key), dict)
+        table[key] = {**table[key], **value} if merged else value
+    lines = [f"{key} = {_toml(value)}\n" for key, value in table.items() if value is not None]
+    path = directory / "policy.toml"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
 
 
 def _word_tokenizer() -> PreTrainedTokenizerFast:
