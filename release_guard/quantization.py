@@ -1,0 +1,94 @@
+"""A handle seen at a precision. Rounding is done by the formats' own library, bitsandbytes.
+
+Weights are rounded, then kept in fp32: what somebody gets who downloads the model, quantizes it,
+and adapts the dequantized weights. Adapters on packed weights (QLoRA) are another adversary.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import assert_never
+
+import torch
+from torch import Tensor, nn
+
+from release_guard.errors import ModelError
+from release_guard.modalities import ModelHandle
+from release_guard.policy import Precision
+
+_NF4_BLOCK = 64
+
+
+def at(model: ModelHandle, precision: Precision) -> ModelHandle:
+    """The model as it is at a precision; at fp32 the very same handle, else a copy.
+
+    bf16 rounds all weights. int8 (a scale a row, from weights in fp16) and nf4 (a scale for each
+    block of 64, not quantized again) round every linear layer but the head, as `transformers` does.
+    Rounding what is rounded already changes nothing.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
+    """
+    match precision:
+        case "fp32":
+            return model
+        case "bf16":
+            return _with_all_rounded(model)
+        case "int8":
+            return _with_layers_rounded(model, _int8)
+        case "nf4":
+            return _with_layers_rounded(model, _nf4)
+        case _:
+            assert_never(precision)
+
+
+def quiet_bitsandbytes() -> None:
+    """Keep it, and peft which loads it, from reporting kernels that nobody here needs."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _with_all_rounded(model: ModelHandle) -> ModelHandle:
+    rounded = model.copy()
+    with torch.no_grad():
+        for part in (*rounded.module.parameters(), *rounded.module.buffers()):
+            if part.is_floating_point():
+                part.copy_(part.to(torch.bfloat16))
+    return rounded
+
+
+def _with_layers_rounded(model: ModelHandle, rounding: Callable[[Tensor], Tensor]) -> ModelHandle:
+    rounded = model.copy()
+    head = rounded.head
+    with torch.no_grad():
+        for part in rounded.module.modules():
+            if isinstance(part, nn.Linear) and part is not head:
+                part.weight.copy_(rounding(part.weight))
+    return rounded
+
+
+def _int8(weight: Tensor) -> Tensor:
+    functional = _functional()
+    codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+    rounded: Tensor = functional.int8_vectorwise_dequant(codes, scales)
+    return rounded
+
+
+def _nf4(weight: Tensor) -> Tensor:
+    functional = _functional()
+    codes, state = functional.quantize_4bit(
+        weight.contiguous(), blocksize=_NF4_BLOCK, compress_statistics=False, quant_type="nf4"
+    )
+    rounded: Tensor = functional.dequantize_4bit(codes, state)
+    return rounded
+
+
+def _functional() -> ModuleType:
+    quiet_bitsandbytes()
+    try:
+        return importlib.import_module("bitsandbytes.functional")
+    except ImportError:
+        advice = "pip install 'model-release-guard[immunize]', or leave int8 and nf4 out"
+        raise ModelError(
+            f"bitsandbytes cannot be imported, so nothing is rounded; {advice}"
+        ) from None
