@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -21,15 +21,19 @@ class Ledger:
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self.path = path
-        self._outcomes: dict[str, Outcome] = {}
+        self._entries: dict[str, tuple[Trial, Outcome]] = {}
         self._read(warn)
 
     def __len__(self) -> int:
-        return len(self._outcomes)
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Trial]:
+        """Every trial that has not to be tried again."""
+        return (trial for trial, outcome in self._entries.values() if outcome.ending != "failed")
 
     def get(self, trial: Trial) -> Outcome | None:
         """What came of this trial, unless it has to be tried (again)."""
-        outcome = self._outcomes.get(trial.key)
+        _, outcome = self._entries.get(trial.key, (trial, None))
         return None if outcome is None or outcome.ending == "failed" else outcome
 
     def add(self, trial: Trial, outcome: Outcome) -> None:
@@ -57,7 +61,7 @@ class Ledger:
                 f"{self.path}: cannot record a trial ({error.strerror}); free some space and run "
                 "the same command again, finished trials are kept"
             ) from None
-        self._outcomes[trial.key] = outcome
+        self._entries[trial.key] = trial, outcome
 
     def _read(self, warn: Callable[[str], None]) -> None:
         if not self.path.exists():
@@ -73,7 +77,7 @@ class Ledger:
             if trial.key != entry.get("key"):
                 warn(f"{self.path}:{number}: key and trial differ; skipped, it will run again")
                 continue
-            self._outcomes[trial.key] = outcome
+            self._entries[trial.key] = trial, outcome
 
 
 def _separator(descriptor: int) -> bytes:

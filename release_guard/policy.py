@@ -49,7 +49,7 @@ def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 Slug = Annotated[str, AfterValidator(_slug)]
 Source = Annotated[str, Field(min_length=1)]
-PluginSpec = Annotated[Spec, BeforeValidator(_spec)]
+PluginSpec = Annotated[Spec, BeforeValidator(_spec, json_schema_input_type=str | Spec)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 

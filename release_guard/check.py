@@ -1,0 +1,60 @@
+"""All that can be wrong with a policy beyond its form: options of plug-ins, files that are not there."""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from release_guard.errors import PolicyError
+from release_guard.hubs import Hub
+from release_guard.plugins import Plugin, Spec
+from release_guard.policy import HUB_PREFIX, Policy
+from release_guard.signers import Signer
+
+
+def problems(policy: Policy) -> list[str]:
+    """One line a problem; options of models, stages and attacks are seen only `with_torch()`."""
+    return [*_wrong_options(policy), *_missing_files(policy)]
+
+
+def with_torch() -> bool:
+    """Whether plug-ins that need torch can be looked at (the extra `immunize` is installed)."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def _wrong_options(policy: Policy) -> Iterator[str]:
+    for contract, spec, where in [*_light(policy), *(_heavy(policy) if with_torch() else ())]:
+        try:
+            contract.build(spec, where=where)
+        except PolicyError as error:
+            yield from str(error).splitlines()
+
+
+def _light(policy: Policy) -> Sequence[tuple[type[Plugin], Spec, str]]:
+    return ((Signer, policy.signer, "signer"), (Hub, policy.hub, "hub"))
+
+
+def _heavy(policy: Policy) -> Iterator[tuple[type[Plugin], Spec, str]]:
+    from release_guard.attacks import Attack  # noqa: PLC0415  these import torch
+    from release_guard.modalities import Modality  # noqa: PLC0415
+    from release_guard.stages import Stage  # noqa: PLC0415
+
+    yield Modality, policy.modality, "modality"
+    yield from ((Stage, spec, f"stages[{place}]") for place, spec in enumerate(policy.stages))
+    yield from ((Attack, spec, f"attacks[{place}]") for place, spec in enumerate(policy.attacks))
+
+
+def _missing_files(policy: Policy) -> Iterator[str]:
+    for key, source in _sources(policy):
+        if not source.startswith(HUB_PREFIX) and not Path(source).exists():
+            yield f"{key}: {source} is not there; give a file, a folder or {HUB_PREFIX}..."
+
+
+def _sources(policy: Policy) -> Iterator[tuple[str, str]]:
+    yield "retain.dataset", policy.retain.dataset
+    for group, targets in (("concepts", policy.concepts), ("merge_targets", policy.merge_targets)):
+        for place, target in enumerate(targets):
+            for key in ("dataset", "scored_on", "donor", "base"):
+                if source := getattr(target, key, None):
+                    yield f"{group}[{place}].{key}", source
+    if policy.red_team.never_knew not in {"fresh", "unavailable"}:
+        yield "red_team.never_knew", policy.red_team.never_knew
