@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -237,3 +238,21 @@ def select(
         and record.origin in origins
     )
     return tuple(sorted(found, key=lambda record: record.trial.key))
+
+
+def next_cost(cost: int, ratio: float) -> int:
+    """The cost after `cost` at which an attack is scored again."""
+    return math.ceil(ratio * cost)
+
+
+def cost_grid(limit: int, ratio: float) -> tuple[int, ...]:
+    """Costs at which an attack is scored: 1, 2, 3, 5, 8, 12 ... for a ratio of 1.5, then `limit`.
+
+    Args:
+        limit: Where it ends, at least 1.
+        ratio: More than 1.
+    """
+    costs = [1]
+    while (following := next_cost(costs[-1], ratio)) < limit:
+        costs.append(following)
+    return (*costs, limit) if limit > 1 else (1,)
