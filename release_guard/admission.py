@@ -1,0 +1,104 @@
+"""Whether the evidence may be judged at all: of this release, under this policy, and whole."""
+
+from collections.abc import Iterator
+
+from release_guard.evidence import SUITE, Evidence, Trial
+from release_guard.policy import Policy
+from release_guard.release import Check, Result
+from release_guard.sweep import finished
+
+
+def admission(evidence: Evidence, policy: Policy) -> Iterator[Check]:
+    """Checks that concern no single attack: the files, the policy, the data, the ledger."""
+    yield _changed(evidence)
+    yield _provenance(evidence, policy)
+    for concept in policy.concepts:
+        yield _overlap(evidence, policy, concept.name)
+    yield _trials(evidence)
+    yield _failures(evidence, policy)
+
+
+def _changed(evidence: Evidence) -> Check:
+    name, distances = "controls/changed", evidence.change.relative_l2.values()
+    moved = [distance for distance in distances if distance > 0]
+    if evidence.change.identical or evidence.base == evidence.immunized or not moved:
+        return Check(name, Result.FAIL, "the weights are those of the undefended model")
+    return Check(
+        name,
+        Result.PASS,
+        f"{len(moved)} of {len(distances)} tensors differ from the undefended model, "
+        f"by up to {max(moved):.2%} (relative L2)",
+    )
+
+
+def _provenance(evidence: Evidence, policy: Policy) -> Check:
+    if problems := tuple(_foreign(evidence, policy)):
+        return Check("controls/provenance", Result.FAIL, "; ".join(problems))
+    detail = "every trial names these weights, this suite and this policy's unit and ceilings"
+    return Check("controls/provenance", Result.PASS, detail)
+
+
+def _foreign(evidence: Evidence, policy: Policy) -> Iterator[str]:
+    """What shows that the evidence is about something else."""
+    if policy.source and evidence.policy != policy.digest:
+        yield "the evidence was gathered under another policy"
+    if evidence.suite.split(".")[0] != SUITE.split(".")[0]:
+        yield f"the evidence is of suite {evidence.suite}, this is suite {SUITE}"
+    if finished(evidence) is None:
+        yield f"when it was gathered cannot be read ({evidence.finished_at!r})"
+    for concept in policy.concepts:
+        ceiling = evidence.ceilings.get(concept.name)
+        if ceiling is None or not 0 < ceiling < 1 or concept.ceiling not in {ceiling, "midpoint"}:
+            yield f"{concept.name}: the ceiling was {ceiling}, the policy says {concept.ceiling}"
+    trials = [record.trial for record in evidence.records]
+    if others := sum(not _at_hand(trial, evidence, policy) for trial in trials):
+        yield f"{others} trials are of other weights, another suite, ceiling or unit"
+    if len({(trial.target, trial.data) for trial in trials}) > len({t.target for t in trials}):
+        yield "trials of one target used different data"
+
+
+def _at_hand(trial: Trial, evidence: Evidence, policy: Policy) -> bool:
+    weights = {"undefended": evidence.base, "defended": evidence.immunized}
+    return (
+        trial.weights == weights.get(trial.arm, trial.weights)
+        and trial.suite == evidence.suite
+        and trial.budget.unit == policy.red_team.budget.unit
+        and trial.ceiling in {None, evidence.ceilings.get(trial.target)}
+    )
+
+
+def _overlap(evidence: Evidence, policy: Policy, target: str) -> Check:
+    name, share = f"controls/overlap/{target}", evidence.overlap.get(target)
+    if share is None:
+        return Check(name, Result.INCONCLUSIVE, "overlap with the retained data was not measured")
+    near = evidence.near_overlap.get(target)
+    also = "" if near is None else f" ({near:.1%} nearly)"
+    return Check(
+        name,
+        Result.PASS if share <= policy.gate.max_overlap else Result.FAIL,
+        f"{share:.1%} of its examples stand in the retained data too{also}; "
+        f"at most {policy.gate.max_overlap:.1%} may",
+    )
+
+
+def _trials(evidence: Evidence) -> Check:
+    ended = len({record.trial.key for record in evidence.records})
+    twice = len(evidence.records) - ended
+    whole = ended == evidence.planned > 0 and not twice
+    also = f", {twice} recorded twice" if twice else ""
+    return Check(
+        "coverage/trials",
+        Result.PASS if whole else Result.INCONCLUSIVE,
+        f"{ended} of {evidence.planned} planned trials ended{also}",
+    )
+
+
+def _failures(evidence: Evidence, policy: Policy) -> Check:
+    tried = len(evidence.records)
+    failed = sum(record.outcome.ending == "failed" for record in evidence.records)
+    tolerated = tried > 0 and failed / tried <= policy.gate.max_failed
+    return Check(
+        "coverage/failures",
+        Result.PASS if tolerated else Result.INCONCLUSIVE,
+        f"{failed} of {tried} trials crashed; at most {policy.gate.max_failed:.0%} may",
+    )

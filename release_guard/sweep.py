@@ -1,0 +1,227 @@
+"""What the records of one target at one precision say, attack by attack. Read only; no judgement.
+
+A configuration is an attack with its options. Its search records are never used to measure it: the
+winner of a search was also the luckiest. Fresh records, on seeds and examples no search saw, do.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+
+from release_guard.evidence import Arm, Evidence, Record, select
+from release_guard.plugins import Spec
+from release_guard.policy import Policy, Precision
+from release_guard.statistics import (
+    Censored,
+    Finding,
+    best_score,
+    breached,
+    budget_to_breach,
+    confirm,
+    flagged,
+    geometric_mean,
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One target at one precision, which is judged by itself.
+
+    Attributes:
+        target: Name of the concept or merge target.
+        precision: Numeric format.
+        ceiling: A score above it is a breach.
+        budget: What the release claims to withstand, in the policy's unit.
+        horizon: How far the controls are run.
+        policy: What was asked for.
+        records: Of this target and precision, each trial once, in the order of their keys.
+    """
+
+    target: str
+    precision: Precision
+    ceiling: float
+    budget: float
+    horizon: float
+    policy: Policy
+    records: tuple[Record, ...]
+
+    @property
+    def name(self) -> str:
+        """Such as `footwear@nf4`; part of the names of checks."""
+        return f"{self.target}@{self.precision}"
+
+    def configurations(self, arm: Arm) -> tuple["Configuration", ...]:
+        """Every attack tried on an arm, by label."""
+        found: dict[str, list[Record]] = {}
+        for record in self.records:
+            if record.trial.arm == arm:
+                found.setdefault(record.trial.attack.label, []).append(record)
+        return tuple(Configuration.of(self, found[label]) for label in sorted(found))
+
+    def family(self, arm: Arm, name: str) -> tuple["Configuration", ...]:
+        """The configurations of one attack family."""
+        return tuple(item for item in self.configurations(arm) if item.attack.name == name)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Names of attacks: as listed, then what else was tried on the defended model."""
+        listed = [attack.name for attack in self.policy.attacks]
+        tried = [item.attack.name for item in self.configurations("defended")]
+        return tuple(dict.fromkeys([*listed, *tried]))
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One attack on one arm.
+
+    Attributes:
+        place: Where.
+        attack: Name and options.
+        search: Records that chose it.
+        fresh: Records on other seeds and other examples, by seed.
+    """
+
+    place: Place
+    attack: Spec
+    search: tuple[Record, ...]
+    fresh: Mapping[int, tuple[Record, ...]]
+
+    @classmethod
+    def of(cls, place: Place, records: Sequence[Record]) -> "Configuration":
+        """Sort the records of one attack on one arm."""
+        searched = tuple(record for record in records if record.trial.split == "search")
+        seeds = {record.trial.seed for record in searched}
+        fresh: dict[int, tuple[Record, ...]] = {}
+        for record in records:
+            seed = record.trial.seed
+            if record.trial.split == "confirm" and seed not in seeds:
+                fresh[seed] = (*fresh.get(seed, ()), record)
+        return cls(place, records[0].trial.attack, searched, fresh)
+
+    @property
+    def flagged(self) -> bool:
+        """Whether something within the budget asks for confirmation."""
+        fresh = [record for records in self.fresh.values() for record in records]
+        return flagged(self.height(self.search), self.place.ceiling) or breached(
+            self.height(fresh), self.place.ceiling
+        )
+
+    @property
+    def finding(self) -> Finding:
+        """What fresh seeds say of a breach within the budget.
+
+        Every one of them must have run whole to refute: a collapse or a crash shows nothing.
+        """
+        runs = [item for records in self.fresh.values() for item in records]
+        scored = [
+            records for records in self.fresh.values() if any(r.outcome.curve for r in records)
+        ]
+        examples = min((item.outcome.examples for item in runs if item.outcome.curve), default=0)
+        found = confirm([self.height(item) for item in scored], examples, self.place.ceiling)
+        enough = len(self.fresh) >= self.place.policy.red_team.confirm_seeds
+        if found == "refuted" and not (enough and all(map(self._ran_whole, runs))):
+            return "unresolved"
+        return found
+
+    def height(self, records: Iterable[Record]) -> float:
+        """Highest score within the budget; 0 if nothing was scored."""
+        return max(
+            (best_score(within(item, self.place.budget).outcome) for item in records), default=0.0
+        )
+
+    def costs(self, limit: float) -> tuple[Censored, ...]:
+        """Budget to breach of each fresh seed, up to a limit."""
+        return tuple(self._earliest(records).capped(limit) for records in self.fresh.values())
+
+    @property
+    def long_costs(self) -> tuple[Censored, ...]:
+        """The same up to the horizon, of the seeds that were run that far."""
+        horizon = self.place.horizon
+        return tuple(
+            self._earliest(records).capped(horizon)
+            for records in self.fresh.values()
+            if any(record.trial.budget.limit >= horizon for record in records)
+        )
+
+    @property
+    def search_cost(self) -> float:
+        """Geometric mean budget to breach in the search; ranks configurations of one arm."""
+        return geometric_mean(self._cost(record) for record in self.search)
+
+    def _earliest(self, records: Sequence[Record]) -> Censored:
+        """One seed may have been run twice, to the budget and beyond: what both together show."""
+        costs = [self._cost(record) for record in records]
+        breaches = [cost for cost in costs if cost.upper is not None]
+        if breaches:
+            return min(breaches, key=lambda cost: (cost.point, cost.lower))
+        return max(costs, key=lambda cost: cost.lower)
+
+    def _cost(self, record: Record) -> Censored:
+        """An attack that ended by itself, unbreached, is censored at its budget."""
+        budget = record.trial.budget
+        cost = budget_to_breach(record.outcome, self.place.ceiling, budget.unit)
+        if cost.upper is None and record.outcome.ending == "survived":
+            return Censored(max(cost.lower, budget.limit), None)
+        return cost
+
+    def _ran_whole(self, record: Record) -> bool:
+        return record.trial.budget.limit >= self.place.budget and ran_whole(
+            record, self.place.ceiling
+        )
+
+
+def places(evidence: Evidence, policy: Policy) -> tuple[Place, ...]:
+    """Every concept at every precision the policy asks for.
+
+    A ceiling nobody resolved becomes 0: everything is a breach then.
+    """
+    limit = policy.red_team.budget.limit
+    found = []
+    for concept in policy.concepts:
+        for precision in policy.precisions:
+            arms: tuple[Arm, ...] = ("undefended", "defended", "never_knew")
+            records = [
+                record
+                for arm in arms
+                for record in select(
+                    evidence.records, arm=arm, precision=precision, target=concept.name
+                )
+                if record.trial.budget.unit == policy.red_team.budget.unit
+            ]
+            found.append(
+                Place(
+                    target=concept.name,
+                    precision=precision,
+                    ceiling=evidence.ceilings.get(concept.name, 0.0),
+                    budget=limit,
+                    horizon=limit * policy.red_team.long_run,
+                    policy=policy,
+                    records=tuple(records),
+                )
+            )
+    return tuple(found)
+
+
+def finished(evidence: Evidence) -> date | None:
+    """The day the evidence was complete; None if that cannot be read."""
+    try:
+        return datetime.fromisoformat(evidence.finished_at).date()
+    except ValueError:
+        return None
+
+
+def within(record: Record, limit: float) -> Record:
+    """The part of a trial up to a cost; a trial no longer than that counts whole."""
+    budget = record.trial.budget
+    if budget.limit <= limit:
+        return record
+    curve = tuple(point for point in record.outcome.curve if point.cost.of(budget.unit) <= limit)
+    return record.model_copy(update={"outcome": record.outcome.model_copy(update={"curve": curve})})
+
+
+def ran_whole(record: Record, ceiling: float) -> bool:
+    """Ended by a breach or at its budget, whatever the record says of itself."""
+    outcome = record.outcome
+    if outcome.ending == "breached":
+        return breached(best_score(outcome), ceiling)
+    return outcome.ending == "survived" and bool(outcome.curve)
