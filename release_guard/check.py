@@ -1,4 +1,4 @@
-"""All that can be wrong with a policy beyond its form: options of plug-ins, files that are not there."""
+"""What can be wrong with a policy beyond its form: plug-in options, files that are not there."""
 
 import importlib.util
 from collections.abc import Iterator, Sequence

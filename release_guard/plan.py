@@ -159,7 +159,7 @@ def rows(
 
 
 def disk(policy: Policy, *, payload: int, num_trials: int, immunizes: bool) -> int:
-    """Bytes a run writes at most: model, checkpoints, ledger, evidence, and a hub that is a folder."""
+    """Bytes a run writes at most: model, checkpoints, ledger, evidence, a hub that is a folder."""
     copies = 1 + _CHECKPOINT_COPIES * len(policy.stages) if immunizes else 0
     copies += 2 if policy.hub.name == "directory" else 0  # its head and the stored revision
     limit = max(2, round(policy.red_team.budget.limit * policy.red_team.long_run))

@@ -1,6 +1,7 @@
 """The folder of a run: what it is about, what is done, so that the same command goes on.
 
 DIR/run.json       what this run is: source, policy, mode; never a secret
+DIR/policy.toml    the policy's exact bytes
 DIR/checkpoints/   progress of the stages
 DIR/immunized/     the immunized model, once complete: these very files are attacked and pushed
 DIR/stages.json, DIR/evidence.jsonl, DIR/report.html
@@ -42,7 +43,8 @@ class Run:
         except FileNotFoundError:
             if directory.exists() and any(directory.iterdir()):
                 raise PolicyError(
-                    f"{directory}: not empty, and not a run of release-guard; choose another --output"
+                    f"{directory}: not empty, and not a run of release-guard; "
+                    "choose another --output"
                 ) from None
             run.write(_JOURNAL, json.dumps(about, indent=2, sort_keys=True).encode())
             return run
@@ -74,6 +76,10 @@ class Run:
     @property
     def stages(self) -> Path:
         return self.directory / "stages.json"
+
+    @property
+    def policy(self) -> Path:
+        return self.directory / "policy.toml"
 
     @property
     def report(self) -> Path:
@@ -121,8 +127,8 @@ def saving(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ReleaseGuardError(
-            f"{where}: cannot be written ({error.strerror}); nothing was published. Make room there "
-            "and run the same command again, it goes on where it stopped"
+            f"{where}: cannot be written ({error.strerror}); nothing was published. Make room "
+            "there and run the same command again, it goes on where it stopped"
         ) from error
 
 

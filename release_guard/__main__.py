@@ -1,0 +1,8 @@
+"""`python -m release_guard`."""
+
+import sys
+
+from release_guard.cli import main
+
+if __name__ == "__main__":  # a worker process imports this file again
+    sys.exit(main())

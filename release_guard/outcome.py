@@ -1,0 +1,162 @@
+"""What came of a command: a document for programs, lines for people. Nothing is decided here."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from release_guard import figures
+from release_guard.policy import Policy
+from release_guard.release import Receipt, Result, Strength, Verdict
+
+if TYPE_CHECKING:
+    from release_guard.evidence import Evidence
+    from release_guard.plan import Plan, Row
+    from release_guard.verify import Verification
+
+_GIGA, _MEGA = 1e9, 1e6
+_MOST_CHECKS = 12
+
+
+def verdict_document(verdict: Verdict, evidence: "Evidence") -> dict[str, Any]:
+    """Everything the gate said, and about what."""
+    return {
+        "verdict": verdict.result.name,
+        "claim": verdict.claim,
+        "checks": [{**asdict(check), "result": check.result.name} for check in verdict.checks],
+        "strengths": [asdict(strength) for strength in verdict.strengths],
+        "not_tested": list(verdict.not_tested),
+        "policy_digest": evidence.policy,
+        "payload_root": evidence.immunized,
+        "base_root": evidence.base,
+        "trials": len(evidence.records),
+    }
+
+
+def verification_document(verification: "Verification") -> dict[str, Any]:
+    """Every finding, gravest state first."""
+    claims, signed = verification.claims, verification.signed
+    return {
+        "exit_code": verification.exit_code,
+        "states": [str(state) for state in verification.states],
+        "findings": [asdict(finding) for finding in verification.findings],
+        "identity": verification.identity,
+        "release_root": None if signed is None else signed.root,
+        "verdict": None if claims is None else claims.result.name,
+        "claim": None if claims is None else claims.claim,
+        "policy_digest": None if claims is None else claims.policy,
+        "suite": None if claims is None else claims.suite,
+        "valid_until": None if claims is None else claims.valid_until.isoformat(),
+        "notes": list(verification.notes),
+    }
+
+
+def plan_document(plan: "Plan") -> dict[str, Any]:
+    """The plan with its sums."""
+    sums = {"trials": plan.trials, "held": plan.held, "steps": plan.steps, "seconds": plan.seconds}
+    return {**asdict(plan), **sums}
+
+
+def verdict_lines(verdict: Verdict, policy: Policy) -> Iterator[str]:
+    """Why it was refused, first of all; else what was shown; then the figures."""
+    if verdict.passed:
+        yield f"PASS: {verdict.claim}"
+    else:
+        yield f"REFUSED ({verdict.result.name}), because:"
+        yield from _reasons(verdict)
+    for strength in verdict.strengths:
+        yield f"  {_strength_line(strength)}"
+    gate = policy.gate
+    wanted = f"kappa {figures.amount(gate.kappa)}, lower bound {figures.amount(gate.kappa_lower)}"
+    sigma = "" if gate.sigma_lower is None else f", sigma {figures.amount(gate.sigma_lower)}"
+    yield f"  the policy's bar: {wanted}{sigma}"
+    if verdict.not_tested:
+        yield f"  not tested: {len(verdict.not_tested)} things, all listed in the report"
+
+
+def advice_lines(verdict: Verdict) -> Iterator[str]:
+    """What to do after a refusal."""
+    if verdict.result is Result.INCONCLUSIVE:
+        yield (
+            "next: the evidence is too thin for a yes or a no; see the report for the checks that "
+            "are open, then give more seeds or examples (a stronger red_team.profile), or attacks "
+            "that do breach the undefended model"
+        )
+    else:
+        yield (
+            "next: look at the report for the attack that got through, then strengthen the stages "
+            "(`stages` in the policy) and publish again; a lower bar is another policy, with "
+            "another digest"
+        )
+
+
+def verification_lines(verification: "Verification") -> Iterator[str]:
+    """States, then what was found, then what the signer claims."""
+    yield ", ".join(verification.states)
+    yield from (f"  {finding.state}: {finding.message}" for finding in verification.findings)
+    if (claims := verification.claims) is not None and verification.exit_code == 0:
+        yield f"  {claims.claim}"
+        yield f"  policy sha256:{claims.policy}, valid until {claims.valid_until:%Y-%m-%d}"
+    yield f"  signer {verification.identity}"
+
+
+def plan_lines(plan: "Plan") -> Iterator[str]:
+    """One line a part of the red team's work, then the sums; all of it at most."""
+    if plan.stages:
+        yield f"stages, in this order: {', '.join(plan.stages)} (their time is not in this plan)"
+    yield f"{'trials':>7} {'in ledger':>9} {'steps':>10} {'time':>9}  phase"
+    yield from map(_row_line, plan.rows)
+    yield (
+        f"{plan.trials:>7} {plan.held:>9} {plan.steps:>10,} "
+        f"{figures.duration(plan.seconds):>9}  in all, with {plan.workers} at once"
+    )
+    yield "at most: a run ends at the first confirmed breach, a trial at its own"
+    yield f"disk: up to {_size(plan.disk_bytes)}; free there: {_size(plan.free_bytes)}"
+
+
+def verify_command(policy: Policy, repo: str, receipt: Receipt) -> str:
+    """What to paste to verify what was just pushed."""
+    options = policy.signer.options
+    public = options.get("public") or str(options.get("path", "key.pem")).replace(".pem", ".pub")
+    if policy.hub.name == "directory":
+        target = receipt.url.removeprefix("file://")
+    else:
+        target = f"hf://{repo}@{receipt.revision}"
+    return f"release-guard verify {target} --key {public}"
+
+
+def pushed_document(receipt: Receipt | None) -> Mapping[str, Any]:
+    """Where it went, if it went anywhere."""
+    if receipt is None:
+        return {"pushed": False, "url": None, "revision": None}
+    return {"pushed": True, "url": receipt.url, "revision": receipt.revision}
+
+
+def _reasons(verdict: Verdict) -> Iterator[str]:
+    order = {Result.FAIL: 0, Result.INCONCLUSIVE: 1}
+    bad = [check for check in verdict.checks if check.result is not Result.PASS]
+    bad.sort(key=lambda check: order[check.result])
+    for check in bad[:_MOST_CHECKS]:
+        yield f"  {check.result.name} {check.name}: {check.detail}"
+    if len(bad) > _MOST_CHECKS:
+        yield f"  and {len(bad) - _MOST_CHECKS} more checks, see the report"
+    if not verdict.checks:
+        yield "  there is no evidence at all"
+
+
+def _strength_line(strength: Strength) -> str:
+    sigma = "" if strength.sigma is None else f", sigma {figures.ratio(strength.sigma)}"
+    where = f"{strength.target}@{strength.precision}"
+    return f"{where}: kappa {figures.ratio(strength.kappa)}{sigma}"
+
+
+def _row_line(row: "Row") -> str:
+    return (
+        f"{row.trials:>7} {row.held:>9} {row.steps:>10,} {figures.duration(row.seconds):>9}  "
+        f"{row.phase}: {row.arm.replace('_', '-')}, {row.target}"
+    )
+
+
+def _size(num_bytes: float) -> str:
+    if num_bytes >= _GIGA:
+        return f"{num_bytes / _GIGA:.1f} GB"
+    return f"{num_bytes / _MEGA:.1f} MB"
