@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections import deque
@@ -35,6 +36,7 @@ WORKER_ENVIRONMENT: Mapping[str, str] = {
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
 }
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_", "ACTIONS_ID_TOKEN_", "RELEASE_GUARD_")
+_FAREWELL = 5.0  # seconds a worker may take to leave before it is killed
 _ATTEMPTS = 2  # a worker that dies takes its trial with it; the trial gets one more chance
 
 
@@ -69,9 +71,13 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
+            worker.pipe.close()  # an idle worker ends by itself
+            if worker.job is not None:
+                worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(timeout=_FAREWELL)
             worker.process.kill()
             worker.process.join()
-            worker.pipe.close()
         self._workers.clear()
 
     def run(self, jobs: Iterable[Job], *, urgent: bool = False) -> Iterator[tuple[Job, Outcome]]:
@@ -190,9 +196,9 @@ def _model(job: Job) -> "ModelHandle":
 
 
 def _scores(model: "ModelHandle", target: Target, trial: Trial) -> list[float]:
-    from release_guard.data import scoring  # noqa: PLC0415
+    from release_guard.data import scored  # noqa: PLC0415
 
-    dataset, split = scoring(target, trial.split)
+    dataset, split = scored(target, trial.split)
     return list(model.scores(dataset, split, limit=trial.examples))
 
 
@@ -237,6 +243,7 @@ def _worker_environment() -> Iterator[None]:
 def _serve(pipe: Connection) -> None:
     """Worker: a job in, an outcome out, until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave in order, whatever is running
     import torch  # noqa: PLC0415
 
     torch.set_num_threads(1)
