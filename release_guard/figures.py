@@ -1,0 +1,260 @@
+"""The figures that card and report print, drawn from the evidence; nothing is judged here."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import PurePath
+from typing import get_args
+
+from release_guard.evidence import Arm, Ending, Evidence, Origin, Record
+from release_guard.plugins import Spec
+from release_guard.policy import HUB_PREFIX, Policy, Precision, Unit
+from release_guard.release import Interval
+from release_guard.statistics import Censored, budget_to_breach, geometric_mean, retained_loss
+from release_guard.sweep import Configuration, Place, finished, places, within
+
+ARMS: tuple[Arm, ...] = get_args(Arm)
+ENDINGS: tuple[Ending, ...] = get_args(Ending)
+ORIGINS: tuple[Origin, ...] = get_args(Origin)
+ARM_NAMES: Mapping[Arm, str] = {
+    "undefended": "undefended",
+    "defended": "defended",
+    "never_knew": "never knew",
+}
+_MINUTE, _HOUR = 60, 3_600
+_MILLION = 1_000_000
+
+
+@dataclass(frozen=True)
+class Effort:
+    """One attack on one arm at one place, over all its seeds.
+
+    Attributes:
+        attack: Name and options.
+        records: Its trials, in order of seeds.
+        costs: Budget to breach of each.
+        fresh: Budget to breach of each seed that no search had seen, on examples none had seen.
+        best: Highest score within the budget; None if no trial was scored there.
+        budget: What the policy lets an attacker spend.
+    """
+
+    attack: Spec
+    records: tuple[Record, ...]
+    costs: tuple[Censored, ...]
+    fresh: tuple[Censored, ...]
+    best: float | None
+    budget: float
+
+    @property
+    def breaches(self) -> tuple[float, ...]:
+        """Costs of the seeds that breached, at whatever cost."""
+        return tuple(cost.upper for cost in self.costs if cost.upper is not None)
+
+    @property
+    def within(self) -> bool:
+        """Whether some seed breached within the budget."""
+        return any(cost <= self.budget for cost in self.breaches)
+
+
+@dataclass(frozen=True)
+class Utility:
+    """Retained score before and after at one precision."""
+
+    precision: Precision
+    base: float
+    immunized: float
+    loss: Interval
+    margin: float
+    pairs: int
+
+
+def typical(costs: Sequence[Censored]) -> float:
+    """Geometric mean over seeds; those that never breached count with what they were tried to."""
+    positive = [cost.point for cost in costs if cost.point > 0]
+    return math.exp(math.fsum(map(math.log, positive)) / len(positive)) if positive else 0.0
+
+
+def efforts(place: Place, arm: Arm) -> tuple[Effort, ...]:
+    """Every attack tried there, in the policy's order, then what was tuned."""
+    listed = [attack.label for attack in place.policy.attacks]
+    found = place.configurations(arm)
+    known = {item.attack.label: item for item in found}
+    ordered = [known.pop(label) for label in listed if label in known]
+    return tuple(_effort(item) for item in (*ordered, *known.values()))
+
+
+def cheapest(place: Place, arm: Arm) -> Effort | None:
+    """The attack that says what a breach of an arm costs; None if nothing was tried.
+
+    The defended arm is as weak as its weakest attack within the budget; of the others, the attack
+    that did best in the search counts. Only attacks with fresh seeds count where there are any.
+    """
+    tried = place.configurations(arm)
+    fresh = [item for item in tried if item.fresh]
+
+    def rank(item: Configuration) -> tuple[float, float, str]:
+        within_budget = geometric_mean(item.costs(place.budget)) if item.fresh else math.inf
+        first = within_budget if arm == "defended" else 0.0
+        return first, item.search_cost, item.attack.label
+
+    best = min(fresh or tried, key=rank, default=None)
+    return None if best is None else _effort(best)
+
+
+def beyond_budget(evidence: Evidence, policy: Policy) -> tuple[tuple[Place, Effort], ...]:
+    """Attacks that breached the defended model, but only after spending more than the budget."""
+    return tuple(
+        (place, effort)
+        for place in places(evidence, policy)
+        for effort in efforts(place, "defended")
+        if effort.breaches and not effort.within
+    )
+
+
+def utilities(evidence: Evidence, policy: Policy) -> tuple[Utility, ...]:
+    """Retained score before and after, at every precision that was measured."""
+    return tuple(
+        Utility(
+            precision=kept.precision,
+            base=sum(kept.base) / len(kept.base),
+            immunized=sum(kept.immunized) / len(kept.immunized),
+            loss=retained_loss(kept.base, kept.immunized),
+            margin=policy.retain.margin,
+            pairs=len(kept.base),
+        )
+        for kept in evidence.retention
+        if kept.base and len(kept.base) == len(kept.immunized)
+    )
+
+
+def bar(policy: Policy) -> tuple[tuple[str, str], ...]:
+    """What was fixed before anything was measured: name and value."""
+    gate, red = policy.gate, policy.red_team
+    sigma = "reported only" if gate.sigma_lower is None else f"at least {amount(gate.sigma_lower)}"
+    return (
+        ("budget of each attack", cost(red.budget.limit, red.budget.unit)),
+        ("kappa", f"at least {amount(gate.kappa)}"),
+        ("kappa, lower bound", f"at least {amount(gate.kappa_lower)}"),
+        ("sigma, lower bound", sigma),
+        ("retained loss, upper bound", f"at most {points(policy.retain.margin)}"),
+        ("undefended seeds breached", f"at least {percent(gate.control_share)}"),
+        ("attacks that must be valid", ", ".join(gate.mandatory) or "none"),
+        ("trials that may crash", f"at most {percent(gate.max_failed)}"),
+        ("confirming seeds", str(red.confirm_seeds)),
+    )
+
+
+def dates(evidence: Evidence, policy: Policy) -> tuple[str, str]:
+    """The day the evidence was complete, and the day a PASS on it no longer counts."""
+    day = finished(evidence)
+    if day is None:
+        return "unknown", "unknown"
+    return day.isoformat(), (day + timedelta(days=policy.gate.valid_days)).isoformat()
+
+
+def amount(value: float) -> str:
+    """Three significant digits, thousands apart, no exponent below a million."""
+    if value >= _MILLION:
+        return f"{value:.2e}".replace("e+", "e")
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004  three digits
+
+
+def cost(value: float, unit: Unit) -> str:
+    """An amount with its unit."""
+    names = {"flops": "FLOPs", "seconds": "s"}
+    return f"{amount(value)} {names.get(unit, unit)}"
+
+
+def score(value: float | None) -> str:
+    """A score in [0, 1] to three places."""
+    return "none" if value is None else f"{value:.3f}"
+
+
+def percent(share: float) -> str:
+    """A share as per cent."""
+    return f"{100 * share:.3g} %"
+
+
+def points(share: float) -> str:
+    """A difference of scores in percentage points."""
+    return f"{100 * share:.2f} points"
+
+
+def ratio(interval: Interval | None) -> str:
+    """A ratio with its bounds: `12.5 (3.1 to 40)`, `≥ 12.5 (3.1 or more)`."""
+    if interval is None or interval.estimate is None:
+        return "not claimed"
+    return f"{'≥ ' if interval.censored else ''}{amount(interval.estimate)} ({bounds(interval)})"
+
+
+def bounds(interval: Interval) -> str:
+    """Both bounds of a ratio in words; what lies above a censored one is not known."""
+    lower = None if interval.lower is None else amount(interval.lower)
+    upper = None if interval.upper is None or interval.censored else amount(interval.upper)
+    if lower is None:
+        return "no bounds" if upper is None else f"{upper} or less"
+    return f"{lower} or more" if upper is None else f"{lower} to {upper}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds >= _HOUR:
+        return f"{seconds / _HOUR:.1f} h"
+    return f"{seconds / _MINUTE:.1f} min" if seconds >= _MINUTE else f"{seconds:.3g} s"
+
+
+def least(found: Censored) -> str:
+    """The cost of a breach, or `>` and the cost it was not reached by."""
+    return f"> {amount(found.lower)}" if found.upper is None else amount(found.upper)
+
+
+def between(found: Censored, unit: Unit) -> str:
+    """Between which two costs a breach lies."""
+    if found.upper is None:
+        return f"none by {cost(found.lower, unit)}"
+    return f"{amount(found.lower)} to {cost(found.upper, unit)}"
+
+
+def dataset(source: str) -> str:
+    """A data set's name; of a local one the file's alone, as its folder is nobody's business."""
+    return source if source.startswith(HUB_PREFIX) else PurePath(source).name
+
+
+def found(effort: Effort, unit: Unit) -> str:
+    """What came of an effort: `0.412 at most`, `breached at 12 steps (3 of 4 trials)`."""
+    if effort.breaches:
+        trials = f"{len(effort.breaches)} of {len(effort.records)} trials"
+        least = cost(min(effort.breaches), unit)
+        if effort.within:
+            return f"breached at {least} ({trials})"
+        return f"{score(effort.best)} at most; beyond the budget at {least} ({trials})"
+    endings = sorted({record.outcome.ending for record in effort.records})
+    if effort.best is None or endings != ["survived"]:
+        return f"{' and '.join(endings)}; {score(effort.best)} at most"
+    return f"{score(effort.best)} at most"
+
+
+def _effort(configuration: Configuration) -> Effort:
+    place = configuration.place
+    fresh = (record for records in configuration.fresh.values() for record in records)
+    records = sorted(
+        (*configuration.search, *fresh), key=lambda item: (item.trial.seed, item.trial.key)
+    )
+    scored = any(within(record, place.budget).outcome.curve for record in records)
+    return Effort(
+        attack=configuration.attack,
+        records=tuple(records),
+        costs=tuple(_cost(record, place.ceiling) for record in records),
+        fresh=configuration.costs(place.horizon),
+        best=configuration.height(records) if scored else None,
+        budget=place.budget,
+    )
+
+
+def _cost(record: Record, ceiling: float) -> Censored:
+    budget = record.trial.budget
+    found = budget_to_breach(record.outcome, ceiling, budget.unit)
+    if found.upper is None and record.outcome.ending == "survived":
+        return Censored(max(found.lower, budget.limit), None)
+    return found
