@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from release_guard.attacks import Attack
-from release_guard.attestation import attest, sign
+from release_guard.attestation import attest
 from release_guard.card import card
 from release_guard.errors import IntegrityError, ModelError
 from release_guard.evidence import SUITE, Evidence, StageReport, canonical_json
@@ -16,6 +16,7 @@ from release_guard.hubs import Hub
 from release_guard.ledger import Ledger
 from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
 from release_guard.modalities import Modality
+from release_guard.oms import sign
 from release_guard.policy import Policy
 from release_guard.redteam import Session, Subject, red_team
 from release_guard.release import Candidate, Receipt, Verdict
@@ -60,6 +61,15 @@ class Published:
     receipt: Receipt | None
 
 
+@dataclass(frozen=True)
+class Assessed:
+    """What the red team found on a model that nobody publishes, and where the report lies."""
+
+    verdict: Verdict
+    evidence: Evidence
+    report: Path
+
+
 def publish(order: Order, output: Path, session: Session) -> Published:
     """Immunize a model and push it if, and only if, it passes the policy's gate."""
     policy = order.policy
@@ -79,6 +89,16 @@ def publish(order: Order, output: Path, session: Session) -> Published:
     require_intact(verify(pushed, Trust(signer, policy.digest), now=session.now()))
     session.progress("publish", 3, 3, "verified")
     return Published(verdict, candidate, evidence, receipt)
+
+
+def assess(order: Order, output: Path, session: Session) -> Assessed:
+    """Red-team a model as it is and judge it; nothing is packed, signed or pushed."""
+    subject, run = prepare(order, output, session)
+    evidence = attack(subject, run, order.policy, session)
+    verdict = gate(evidence, order.policy)
+    page = render(evidence, verdict, order.policy, title=order.repo)
+    run.write(run.report.name, page.encode())
+    return Assessed(verdict, evidence, run.report)
 
 
 def check_plugins(policy: Policy, *, dry_run: bool) -> tuple[Hub, Signer]:
@@ -116,6 +136,7 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
     base = modality.load(str(undefended))
     check_data(base, order.policy)
     run = Run.claim(output, about)
+    run.write(run.policy.name, order.policy.source)
     stages: tuple[StageReport, ...] = ()
     if order.as_is or not order.policy.stages:
         _take_as_it_is(source, run)
