@@ -131,7 +131,7 @@ def _fit(model: "ModelHandle", policy: Policy, session: Session) -> "ModelHandle
         batch["pixels"] = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
         loss = model.loss(batch)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         optimizer.step()
         schedule.step()
         session.progress("train the demo's model", step + 1, _STEPS, f"loss {float(loss):.3f}")
@@ -145,9 +145,7 @@ def _told(published: Published) -> str:
         kappa = strength.kappa
         if kappa.estimate is not None and kappa.lower is not None:
             sign = "at least " if kappa.censored else ""
-            lines.append(
-                f"  kappa: {sign}{kappa.estimate:.2f}, lower 95 % bound {kappa.lower:.2f}"
-            )
+            lines.append(f"  kappa: {sign}{kappa.estimate:.2f}, lower 95 % bound {kappa.lower:.2f}")
     receipt = published.receipt
     lines.append(f"  pushed: {receipt.url}" if receipt else "  nothing was pushed (exit code 3)")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from release_guard.attacks import Attack
 from release_guard.attestation import attest
-from release_guard.card import card
+from release_guard.card import Publication, card
 from release_guard.errors import IntegrityError, ModelError
 from release_guard.evidence import SUITE, Evidence, StageReport, canonical_json
 from release_guard.gate import gate
@@ -16,6 +16,7 @@ from release_guard.hubs import Hub
 from release_guard.ledger import Ledger
 from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
 from release_guard.modalities import Modality
+from release_guard.oms import sign
 from release_guard.oms import sign
 from release_guard.policy import Policy
 from release_guard.redteam import Session, Subject, red_team
@@ -73,15 +74,18 @@ class Assessed:
 def publish(order: Order, output: Path, session: Session) -> Published:
     """Immunize a model and push it if, and only if, it passes the policy's gate."""
     policy = order.policy
-    hub, signer = check_plugins(policy, dry_run=order.dry_run)
+    hub, signer = check_plugins(policy)
+    head = None if order.dry_run else check_credentials(hub, signer, order.repo)
     subject, run = prepare(order, output, session)
     evidence = attack(subject, run, policy, session)
     verdict = gate(evidence, policy)
-    candidate = pack(order, subject, run, evidence, verdict)
+    identity = "none (dry run)" if order.dry_run else signer.identity
+    publication = Publication(order.repo, hub.address(order.repo), identity)
+    candidate = pack(order, run, evidence, verdict, publication)
     if not verdict.passed or order.dry_run:
         return Published(verdict, candidate, evidence, None)
     session.progress("publish", 0, 3, "signing")
-    release = sign(attest(candidate, policy, evidence, signer), signer)
+    release = sign(attest(candidate, policy, evidence, signer), signer, previous=head)
     session.progress("publish", 1, 3, f"pushing to {order.repo}")
     receipt = hub.push(release, order.repo)
     session.progress("publish", 2, 3, "verifying what was pushed")
@@ -101,18 +105,20 @@ def assess(order: Order, output: Path, session: Session) -> Assessed:
     return Assessed(verdict, evidence, run.report)
 
 
-def check_plugins(policy: Policy, *, dry_run: bool) -> tuple[Hub, Signer]:
-    """Build every plug-in once, so that a wrong option or key stops here, before any work."""
+def check_plugins(policy: Policy) -> tuple[Hub, Signer]:
+    """Build every plug-in once, so that a wrong option stops here, before any work."""
     Modality.build(policy.modality, where="modality")
     for place, spec in enumerate(policy.stages):
         Stage.build(spec, where=f"stages[{place}]")
     for place, spec in enumerate(policy.attacks):
         Attack.build(spec, where=f"attacks[{place}]")
-    hub = Hub.build(policy.hub, where="hub")
-    signer = Signer.build(policy.signer, where="signer")
-    if not dry_run:
-        signer.sign(b"{}")  # a missing key or a wrong password is better known now
-    return hub, signer
+    return Hub.build(policy.hub, where="hub"), Signer.build(policy.signer, where="signer")
+
+
+def check_credentials(hub: Hub, signer: Signer, repo: str) -> str:
+    """Sign something and knock at the hub: better known now than after hours. The hub's head."""
+    signer.sign(b"{}")
+    return hub.preflight(repo)
 
 
 def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]:
@@ -165,14 +171,34 @@ def check_data(base: "ModelHandle", policy: Policy) -> None:
 
 def attack(subject: Subject, run: Run, policy: Policy, session: Session) -> Evidence:
     """Red-team the subject; what the ledger or a finished run holds is not repeated."""
+    if (known := _finished(subject, run, policy)) is not None:
+        return known
     ledger = Ledger(run.ledger, lambda line: session.progress("ledger", 0, 0, line))
     evidence = red_team(subject, policy, ledger, session)
     run.write(run.evidence.name, evidence.to_jsonl())
     return evidence
 
 
+def _finished(subject: Subject, run: Run, policy: Policy) -> Evidence | None:
+    """Evidence of an earlier go at this run, if it is about these very files and nothing crashed."""
+    try:
+        known = Evidence.read(run.evidence)
+    except IntegrityError:
+        return None
+    roots = [
+        hash_directory(folder).payload.root for folder in (subject.undefended, subject.defended)
+    ]
+    same = [known.base, known.immunized, known.policy, known.suite] == [
+        *roots,
+        policy.digest,
+        SUITE,
+    ]
+    crashed = any(record.outcome.ending == "failed" for record in known.records)
+    return known if same and not crashed else None
+
+
 def pack(
-    order: Order, subject: Subject, run: Run, evidence: Evidence, verdict: Verdict
+    order: Order, run: Run, evidence: Evidence, verdict: Verdict, publication: Publication
 ) -> Candidate:
     """Write the upload set: payload, documents, card, policy, evidence, report; no proof yet.
 
@@ -189,14 +215,9 @@ def pack(
     with folder_made_whole(run.release) as folder:
         share_files(run.immunized, folder, (entry.name for entry in manifest.payload.entries))
         share_files(source, folder, _documents(hash_directory(source)))
-        text = card(
-            readme.read_text() if readme.is_file() else None,
-            evidence,
-            verdict,
-            order.policy,
-            name=order.repo,
-        )
-        (folder / "README.md").write_text(text)
+        existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
+        text = card(existing, evidence, verdict, order.policy, publication)
+        (folder / "README.md").write_text(text, encoding="utf-8")
         proof = folder / EVIDENCE_FOLDER
         proof.mkdir()
         (proof / "policy.toml").write_bytes(order.policy.source)

@@ -403,4 +403,5 @@ def _line(record: Record) -> str:
         f"{last.score:.3f} after {last.cost.of(trial.budget.unit):g}" if last else outcome.note
     )
     who = f"{trial.arm.replace('_', '-')} {trial.attack.label} {trial.target}@{trial.precision}"
-    return f"{who} seed {trial.seed}: {outcome.ending}, {reached} {trial.budget.unit}"
+    ending = "measured" if trial.ceiling is None and last else outcome.ending
+    return f"{who} seed {trial.seed}: {ending}, {reached} {trial.budget.unit}"

@@ -43,6 +43,10 @@ class Hub(Plugin):
         """
 
     @abstractmethod
+    def address(self, repo: str) -> str:
+        """What `release-guard verify` is called with for the head of `repo`, for the card."""
+
+    @abstractmethod
     def tree(self, repo: str, revision: str = "main") -> Tree:
         """A revision as a `Tree`: digests and small files, no weight is downloaded."""
 

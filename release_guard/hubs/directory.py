@@ -72,6 +72,9 @@ class Directory(Hub):
                     repository.replace(release)
                 return Receipt(url=repository.files.as_uri(), revision=repository.head())
 
+    def address(self, repo: str) -> str:
+        return f"{self.path.name}/{repo}"
+
     def tree(self, repo: str, revision: str = "main") -> Tree:
         repository = self._repository(repo)
         with _spoken(repository):
@@ -253,13 +256,9 @@ class _Stored:
 
     @property
     def manifest(self) -> Manifest:
-        try:
-            return Manifest.of(
-                FileEntry(entry.name, *hash_file(self.objects / entry.digest))
-                for entry in self.files
-            )
-        except OSError as error:
-            raise IntegrityError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        return Manifest.of(
+            FileEntry(entry.name, *hash_file(self.objects / entry.digest)) for entry in self.files
+        )
 
     def read(self, name: str) -> bytes:
         for entry in self.files:
@@ -287,10 +286,6 @@ class _Head:
         """Never a mixture of two heads: a look that another push cut across does not count."""
         try:
             seen = look(DirectoryTree(self.repository.files))
-        except OSError as error:
-            if self._is_head():
-                where = error.filename
-                raise IntegrityError(f"{where}: cannot be read ({error.strerror})") from None
         except IntegrityError:
             if self._is_head():
                 raise
