@@ -9,6 +9,7 @@ from release_guard.release import Check, Release, Result, Verdict
 FILES = {
     "README.md": b"# A model\n",
     "config.json": b"{}\n",
+    "generation_config.json": b"{}\n",
     "model.safetensors": bytes(range(256)) * 40,
     "empty.txt": b"",
     ".release-guard/policy.toml": b"seed = 1\n",

@@ -1,4 +1,6 @@
 import ctypes
+import errno
+import getpass
 import os
 import resource
 import subprocess
@@ -7,7 +9,9 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from releases import CHANGED, FILES, make_release
@@ -15,7 +19,7 @@ from releases import CHANGED, FILES, make_release
 from release_guard.errors import HubError, IntegrityError, PolicyError, PushRefusedError
 from release_guard.hubs import NOTHING
 from release_guard.hubs.directory import Directory
-from release_guard.manifest import hash_directory
+from release_guard.manifest import FileEntry, Manifest, hash_directory, hash_file
 from release_guard.release import Release
 
 REPO = "acme/model"
@@ -59,6 +63,16 @@ def test_every_revision_is_kept(hub: Directory, release: Release, other: Release
     assert hub.tree(REPO, first.revision).manifest == release.manifest
     assert hub.tree(REPO, first.revision).read("config.json") == FILES["config.json"]
     assert hub.tree(REPO, second.revision).manifest == other.manifest
+
+
+def test_a_tree_stays_what_it_was_when_the_head_moves(
+    hub: Directory, release: Release, other: Release
+) -> None:
+    hub.push(release, REPO)
+    tree = hub.tree(REPO)
+    hub.push(other, REPO)
+    assert tree.manifest == release.manifest
+    assert tree.read("empty.txt") == FILES["empty.txt"]
 
 
 def test_an_edited_head_shows_and_spares_what_is_stored(
@@ -176,6 +190,43 @@ def test_files_changed_since_signing_are_not_pushed(
     assert hub.preflight(REPO) == before.revision
     assert hub.tree(REPO).manifest == release.manifest
     assert not (hub.path / ".revisions" / REPO / "incoming").exists()
+
+
+def test_a_manifest_with_a_file_that_no_folder_shows(
+    hub: Directory, release: Release, tmp_path: Path
+) -> None:
+    attributes = tmp_path / "first" / ".gitattributes"
+    attributes.write_text("*.bin filter=lfs\n")
+    entry = FileEntry(".gitattributes", *hash_file(attributes))
+    odd = replace(release, manifest=Manifest.of([*release.manifest.entries, entry]))
+    with pytest.raises(IntegrityError, match="the copied files are not the release"):
+        hub.push(odd, REPO)
+    assert hub.preflight(REPO) == NOTHING
+
+
+def test_a_user_without_a_name(
+    hub: Directory, release: Release, other: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nameless() -> str:
+        raise KeyError(os.getuid())
+
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    hub.push(release, REPO)
+    with pytest.raises(PushRefusedError, match=rf"1 revision by user {os.getuid()}\)"):
+        hub.push(replace(other, previous=NOTHING), REPO)
+
+
+def test_an_exchange_that_fails(
+    hub: Directory, release: Release, other: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = hub.push(release, REPO)
+    library = SimpleNamespace(renameat2=lambda *_: -1)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: library)
+    monkeypatch.setattr(ctypes, "get_errno", lambda: errno.EIO)
+    with pytest.raises(HubError, match=r"Input/output error at .*; nothing was half-pushed"):
+        hub.push(other, REPO)
+    assert hub.preflight(REPO) == before.revision
+    assert hub.tree(REPO).manifest == release.manifest
 
 
 def test_of_two_pushers_at_once_one_is_told(hub: Directory, tmp_path: Path) -> None:
