@@ -19,7 +19,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from release_guard.errors import ModelError
+from release_guard.errors import ModelError, brief
 from release_guard.policy import HUB_PREFIX
 
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
@@ -47,16 +47,19 @@ def fetch(source: str) -> Path:
             ignore_patterns=["*/*"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = brief(error)
         raise ModelError(f"{source}: the Hub does not give this model: {reason}") from error
     return Path(path)
 
 
-def load(source: str, *, auto: Any, architectures: Iterable[Any], modality: str) -> nn.Module:
+def load(
+    source: str, folder: Path, *, auto: Any, architectures: Iterable[Any], modality: str
+) -> nn.Module:
     """Load weights as fp32, in evaluation mode, each with memory of its own.
 
     Args:
-        source: What the user wrote; `fetch` turns it into a folder.
+        source: What the user wrote, for messages.
+        folder: What `fetch` made of it.
         auto: A `transformers` auto class for models.
         architectures: Class names (or tuples of them) that it may load.
         modality: Its name, for messages.
@@ -64,8 +67,8 @@ def load(source: str, *, auto: Any, architectures: Iterable[Any], modality: str)
     Raises:
         ModelError: The folder is not exactly one whole, finite model of this kind.
     """
-    folder = fetch(source)
-    name = _architecture(source, folder, architectures, modality)
+    config = _configuration(source, folder)
+    name = _architecture(source, config, architectures, modality)
     _check_weights(source, folder)
     attention = "sdpa" if getattr(transformers, name)._supports_sdpa else "eager"
     try:
@@ -73,15 +76,17 @@ def load(source: str, *, auto: Any, architectures: Iterable[Any], modality: str)
             module, report = auto.from_pretrained(
                 folder,
                 dtype=torch.float32,
-                attn_implementation=attention,  # never the file's wish: it can name code to fetch
+                attn_implementation=attention,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        reason = brief(error)
         raise ModelError(f"{source}: cannot be loaded as {name}: {reason}") from error
+    if module.config._attn_implementation != attention:  # a wish in the file wins over ours
+        module.set_attn_implementation(attention)
     _check_report(source, report)
     _check_finite(source, module)
     for tensor in (*module.parameters(), *module.buffers()):
@@ -138,20 +143,31 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _architecture(source: str, folder: Path, allowed: Iterable[Any], modality: str) -> str:
-    """The class of the model in a folder, if it is one of those allowed."""
+def _configuration(source: str, folder: Path) -> dict[str, Any]:
+    """The content of config.json, if nothing in the folder asks for code from elsewhere."""
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{source}: an adapter, not a whole model; merge it into its base first")
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{source}: no config.json; is this the folder of a transformers model?")
     for path in sorted(folder.glob("*config.json")):
         if "auto_map" in _json(source, path):
             reason = f"{path.name} names code of its own (auto_map), which is never run"
             advice = "remove that key if transformers loads the model without it"
             raise ModelError(f"{source}: {reason}; {advice}")
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(f"{source}: an adapter, not a whole model; merge it into its base first")
-    if not (folder / "config.json").exists():
-        raise ModelError(f"{source}: no config.json; is this the folder of a transformers model?")
     config = _json(source, folder / "config.json")
+    for key in ("attn_implementation", "_attn_implementation"):
+        if config.get(key) not in (None, "eager", "sdpa"):  # others are fetched from the Hub
+            reason = f"config.json asks for the attention {config[key]!r}, which is never fetched"
+            raise ModelError(f"{source}: {reason}; remove its key {key}")
     if "quantization_config" in config:
         raise ModelError(f"{source}: quantized already; give the weights in full precision")
+    return config
+
+
+def _architecture(
+    source: str, config: dict[str, Any], allowed: Iterable[Any], modality: str
+) -> str:
+    """The class of the model, if it is one of those allowed."""
     found = [str(name) for name in config.get("architectures") or ["nothing"]]
     names = {name for entry in allowed for name in ([entry] if isinstance(entry, str) else entry)}
     if found[0] not in names:
@@ -184,7 +200,7 @@ def _check_weights(source: str, folder: Path) -> None:
             with safe_open(folder / name, framework="pt") as file:
                 file.keys()
         except (SafetensorError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = brief(error)
             raise ModelError(
                 f"{source}: {name} is damaged or missing ({reason}); fetch it again"
             ) from None

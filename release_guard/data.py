@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 import datasets
 
-from release_guard.errors import ModelError
+from release_guard.errors import ModelError, brief
 from release_guard.plugins import advise
 from release_guard.policy import HUB_PREFIX, Concept, Target
 
@@ -96,7 +96,7 @@ class Table:
         try:
             rows = datasets.load_dataset(**request, split="train")
         except (*_UNREADABLE, datasets.exceptions.DatasetsError) as error:
-            reason = _first_line(error.__cause__ or error)
+            reason = brief(error.__cause__ or error)
             what = f"empty, or cannot be read as a data set ({reason})"
             raise ModelError(f"{source}: {what}; mend it or name another") from error
         if len(rows) == 0:
@@ -218,11 +218,6 @@ def _request(source: str) -> dict[str, Any]:
         kinds = ", ".join(_BUILDERS)
         raise ModelError(f"{source}: not a data set; use a folder or one of {kinds}")
     return {"path": builder, "data_files": str(path)}
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
 
 
 def _position(content: bytes) -> float:

@@ -1,5 +1,7 @@
 """Errors meant for the user: the class carries the exit code, the text what, where, what next."""
 
+import textwrap
+
 
 class ReleaseGuardError(Exception):
     """Something went wrong that the user can act on; printed as one line."""
@@ -41,3 +43,9 @@ class AuthenticationError(HubError):
     """The hub does not know who is asking."""
 
     exit_code = 6
+
+
+def brief(error: BaseException) -> str:
+    """A library's message cut to one line of a few words, to stand inside one of ours."""
+    text = str(error).strip() or type(error).__name__
+    return textwrap.shorten(text.splitlines()[0], width=200, placeholder=" ...")

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from release_guard import checkpoints, texts
 from release_guard.data import Catalogue, Overlap, Split, Table
-from release_guard.errors import ModelError
+from release_guard.errors import ModelError, brief
 from release_guard.modalities import (
     Batch,
     Modality,
@@ -66,13 +66,15 @@ class CausalLm(Modality):
     """Most tokens of an example."""
 
     def load(self, source: str) -> "LanguageModel":
+        folder = checkpoints.fetch(source)
         module = checkpoints.load(
             source,
+            folder,
             auto=AutoModelForCausalLM,
             architectures=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
             modality=self.name,
         )
-        return LanguageModel(module, _tokenizer(source), self)
+        return LanguageModel(module, _tokenizer(source, folder), self)
 
 
 class LanguageModel(ModelHandle):
@@ -197,10 +199,9 @@ class LanguageModel(ModelHandle):
     def _scores(self, examples: "Sequence[_Example]") -> list[float]:
         batch = self._batch([sequence for example in examples for sequence in example.scored])
         logits_NV, labels_N = self.logits(batch)
-        counts = _counted(batch).sum(dim=1).tolist()
+        ends = _counted(batch).sum(dim=1).cumsum(dim=0)[:-1].cpu()
         hits = (logits_NV.argmax(dim=1) == labels_N).double()
         hits[~logits_NV.isfinite().all(dim=1)] = torch.nan
-        ends = torch.tensor(counts[:-1]).cumsum(dim=0)
         shares = [part.mean().item() for part in hits.tensor_split(ends)]
         likelihoods = [
             -nn.functional.cross_entropy(logits, labels).item()
@@ -303,12 +304,15 @@ def _score(shares: Sequence[float], likelihoods: Sequence[float]) -> float:
     return float(likelihoods[0] == best) / likelihoods.count(best)
 
 
-def _tokenizer(source: str) -> Any:
+def _tokenizer(source: str, folder: Path) -> Any:
     try:
         with checkpoints.quiet():
-            return AutoTokenizer.from_pretrained(
-                checkpoints.fetch(source), local_files_only=True, trust_remote_code=False
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
             )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = brief(error)
         raise ModelError(f"{source}: its tokenizer cannot be loaded: {reason}") from error
+    for how_it_was_read in ("is_local", "local_files_only"):  # would be saved with the release
+        tokenizer.init_kwargs.pop(how_it_was_read, None)
+    return tokenizer

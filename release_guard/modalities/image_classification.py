@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from release_guard import checkpoints, images
 from release_guard.data import Catalogue, Overlap, Split, Table
-from release_guard.errors import ModelError
+from release_guard.errors import ModelError, brief
 from release_guard.modalities import (
     Batch,
     Modality,
@@ -43,13 +43,15 @@ class ImageClassification(Modality):
     """Column of classes: numbers, or names from the model's `label2id`."""
 
     def load(self, source: str) -> "ImageClassifier":
+        folder = checkpoints.fetch(source)
         module = checkpoints.load(
             source,
+            folder,
             auto=AutoModelForImageClassification,
             architectures=MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
             modality=self.name,
         )
-        return ImageClassifier(module, _processor(source, module), self)
+        return ImageClassifier(module, _processor(source, folder, module), self)
 
 
 class ImageClassifier(ModelHandle):
@@ -216,13 +218,16 @@ def _by_name(
     raise ModelError(f"{table.source}: folder {strange!r} is no class of the model; {advice}")
 
 
-def _processor(source: str, module: Any) -> Any:
-    folder = checkpoints.fetch(source)
+def _processor(source: str, folder: Path, module: Any) -> Any:
     if (folder / "preprocessor_config.json").exists():
-        with checkpoints.quiet():
-            return AutoImageProcessor.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, backend="pil"
-            )
+        try:
+            with checkpoints.quiet():
+                return AutoImageProcessor.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False, backend="pil"
+                )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = f"preprocessor_config.json cannot be used ({brief(error)})"
+            raise ModelError(f"{source}: {what}; mend it or remove it") from error
     side = getattr(module.config, "image_size", None)
     half = [0.5] * _channels(module.config)
     size = {} if side is None else {"size": {"height": side, "width": side}}
