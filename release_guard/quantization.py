@@ -76,11 +76,14 @@ def _int8(weight: Tensor) -> Tensor:
 
 def _nf4(weight: Tensor) -> Tensor:
     functional = _functional()
+    # One row of whole blocks: on CPUs with AVX-512, bitsandbytes 0.50 takes the wrong scales for a
+    # matrix whose rows are not whole blocks, and odd sizes would need a compiler.
+    blocks = nn.functional.pad(weight.flatten(), (0, -weight.numel() % _NF4_BLOCK))
     codes, state = functional.quantize_4bit(
-        weight.contiguous(), blocksize=_NF4_BLOCK, compress_statistics=False, quant_type="nf4"
+        blocks, blocksize=_NF4_BLOCK, compress_statistics=False, quant_type="nf4"
     )
-    rounded: Tensor = functional.dequantize_4bit(codes, state)
-    return rounded
+    rounded: Tensor = functional.dequantize_4bit(codes, state).flatten()
+    return rounded[: weight.numel()].view_as(weight)
 
 
 def _functional() -> ModuleType:
