@@ -1,5 +1,6 @@
-"""Three acts on a real model: an unprotected one is refused, an immunized one goes out, a changed
-byte is noticed. Everything it makes stays in one folder for people to try things on.
+"""Three acts on a real model: unprotected it is refused, immunized it goes out, a byte changes.
+
+Everything it makes stays in one folder for people to try things on.
 
     model/  policy.toml  data/  key.pem  key.pub  hub/OWNER/NAME/  tampered/  runs/
 """
@@ -126,7 +127,7 @@ def _fit(model: "ModelHandle", policy: Policy, session: Session) -> "ModelHandle
     batches = model.batches(policy.retain.dataset, "retain", size=_BATCH, seed=policy.seed)
     for step in range(_STEPS):
         batch = dict(next(batches))
-        mirrored = torch.rand(_BATCH, generator=chance) < 0.5
+        mirrored = torch.rand(_BATCH, generator=chance).round().bool()
         pixels = batch["pixels"]
         batch["pixels"] = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
         loss = model.loss(batch)
@@ -152,7 +153,7 @@ def _told(published: Published) -> str:
 
 
 def _tamper(output: Path, policy: Policy, session: Session) -> str | None:
-    """Verify a copy of the head with one byte changed; what `verify` says, None if it is content."""
+    """Verify a copy of the head with one byte changed; what `verify` says, None: nothing."""
     copy = output / "tampered"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(output / "hub" / REPO, copy)

@@ -373,7 +373,7 @@ class _Training:
         attacker.age += 1
         suppression = self._suppression(attacker.model, query)
         found = torch.autograd.grad(suppression, attacker.parameters, allow_unused=True)
-        return float(suppression), [
+        return suppression.item(), [
             torch.zeros_like(parameter)
             if gradient is None or self._is_own(attacker, mine)
             else gradient
@@ -414,7 +414,7 @@ class _Training:
             )
             logits_NC, labels_N = self.theta.logits(batch)
             loss = nn.functional.cross_entropy(logits_NC, labels_N)
-            losses.append(float(loss))
+            losses.append(loss.item())
             if self._options.distill:
                 loss = loss + self._options.distill * self._distance(batch, logits_NC)
             self._reinforce.zero_grad(set_to_none=True)

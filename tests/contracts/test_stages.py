@@ -1,0 +1,56 @@
+"""What every stage must do, whichever ship."""
+
+from pathlib import Path
+
+import pico
+import pytest
+import torch
+
+from release_guard.modalities import Modality
+from release_guard.plugins import Spec
+from release_guard.policy import Policy
+from release_guard.stages import Stage, Workspace
+
+QUICK = {"sophon": {"outer_steps": 3, "batch": 16, "query": 16, "ntr_batch": 16, "probe_every": 1}}
+
+
+@pytest.mark.parametrize("name", Stage.available())
+def test_a_stage_leaves_its_input_and_gives_finite_weights_of_the_same_shapes(
+    name: str, tmp_path: Path, image_data: Path, classifier_folder: Path
+) -> None:
+    policy = Policy.load(pico.pico_policy(tmp_path, image_data, retain={"margin": 0.9}))
+    model = Modality.build(policy.modality).load(str(classifier_folder))
+    before = model.state()
+    stage = Stage.build(Spec(name=name, **QUICK.get(name, {})))
+    assert stage.paper.startswith("https://")
+    immunized = stage.immunize(model, policy, Workspace(tmp_path, lambda *_: None))
+    after, changed = model.state(), immunized.state()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert {key: value.shape for key, value in changed.items()} == {
+        key: value.shape for key, value in before.items()
+    }
+    assert all(value.isfinite().all() for value in changed.values() if value.is_floating_point())
+    assert any(not torch.equal(before[key], changed[key]) for key in before)
+    measures = stage.measure(model, immunized, policy)
+    assert measures
+    assert all(isinstance(value, float) for value in measures.values())
+
+
+@pytest.mark.parametrize("name", Stage.available())
+def test_a_stage_is_deterministic_given_the_seed(
+    name: str, tmp_path: Path, image_data: Path, classifier_folder: Path
+) -> None:
+    policy = Policy.load(pico.pico_policy(tmp_path, image_data, retain={"margin": 0.9}))
+    model = Modality.build(policy.modality).load(str(classifier_folder))
+    stage = Stage.build(Spec(name=name, **QUICK.get(name, {})))
+
+    def state(folder: str, seed: int) -> dict[str, torch.Tensor]:
+        directory = tmp_path / folder
+        directory.mkdir()
+        seeded = policy.model_copy(update={"seed": seed})
+        workspace = Workspace(directory, lambda *_: None)
+        return stage.immunize(model, seeded, workspace).state()
+
+    first, again, other = state("a", 1), state("b", 1), state("c", 2)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
