@@ -184,7 +184,9 @@ class Policy(_Value):
     red_team: RedTeam
     gate: Gate = Gate()
     signer: PluginSpec = Spec(name="key")
+    """Who vouches for the release."""
     hub: PluginSpec
+    """Where it goes."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Every random choice of the run derives from this number."""
 
