@@ -60,7 +60,7 @@ class Plugin(BaseModel):
         if spec.name not in cls.available():
             kind = cls.__name__.lower()
             raise PolicyError(
-                f"{where or kind}.name: {spec.name!r} is not a {kind}; "
+                f"{where or kind}.name: {spec.name!r} is no {kind}; "
                 f"{advise(spec.name, cls.available())}"
             )
         found = cls._implementation(spec.name)

@@ -318,7 +318,8 @@ def _resolve(table: Mapping[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def _problems(error: ValidationError) -> Iterable[str]:
-    for problem in error.errors(include_url=False):
+    problems = error.errors(include_url=False)
+    for problem in problems:
         location = _location(problem["loc"])
         match problem["type"]:
             case "extra_forbidden":
@@ -330,9 +331,15 @@ def _problems(error: ValidationError) -> Iterable[str]:
                 yield f"{location}: found {problem['input']!r}; {problem['msg']}"
             case "value_error" if not problem["loc"]:
                 yield str(problem["msg"]).removeprefix("Value error, ")
+            case "too_short" if any(_within(other["loc"], problem["loc"]) for other in problems):
+                continue  # its items are wrong, not their number
             case _:
                 message = str(problem["msg"]).removeprefix("Value error, ")
                 yield f"{location}: found {problem['input']!r}; {message}"
+
+
+def _within(part: tuple[int | str, ...], whole: tuple[int | str, ...]) -> bool:
+    return len(part) > len(whole) and part[: len(whole)] == whole
 
 
 def _location(parts: tuple[int | str, ...]) -> str:

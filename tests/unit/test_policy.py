@@ -1,0 +1,184 @@
+"""Policies: what they accept, what they say of everything they do not."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from evidence_builder import POLICY
+
+from release_guard.check import problems
+from release_guard.errors import PolicyError
+from release_guard.policy import PROFILES, Policy
+
+POLICIES = sorted((Path(__file__).parents[2] / "policies").glob("*.toml"))
+
+
+def load(text: str, tmp_path: Path) -> Policy:
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    return Policy.load(path)
+
+
+def complaints(text: str, tmp_path: Path) -> list[str]:
+    with pytest.raises(PolicyError) as caught:
+        load(text, tmp_path)
+    return str(caught.value).removeprefix(f"{tmp_path}/").split(f"\n{tmp_path}/")
+
+
+def test_three_policies_ship() -> None:
+    assert [path.stem for path in POLICIES] == ["default", "quick", "strict"]
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
+def test_shipped_policies_build_every_plugin(path: Path) -> None:
+    lacking = {line.partition(":")[0] for line in problems(Policy.load(path))}
+
+    assert lacking  # their data are placeholders
+    assert all(key.endswith((".dataset", ".scored_on", ".never_knew")) for key in lacking), lacking
+
+
+def test_shipped_policies_are_what_they_say() -> None:
+    default, quick, strict = map(Policy.load, POLICIES)
+
+    assert (default.red_team.profile, default.gate.kappa, default.gate.kappa_lower) == (
+        "standard",
+        10,
+        3,
+    )
+    assert (quick.red_team.profile, quick.modality.name) == ("quick", "image_classification")
+    assert (strict.red_team.profile, strict.gate.sigma_lower) == ("strong", 1.0)
+    assert strict.precisions == ("fp32", "bf16", "int8", "nf4")
+
+
+def test_default_policy_names_every_key() -> None:
+    text = POLICIES[0].read_text()
+    tables = Policy.model_json_schema()["$defs"]
+    keys = {
+        key for name in ("Retain", "Concept", "RedTeam", "Gate") for key in properties(tables[name])
+    }
+
+    assert keys | {"modality", "precisions", "seed", "stages", "attacks", "hub", "signer"} <= {
+        word.strip("#=[]{} ") for word in text.split()
+    }
+
+
+def properties(table: dict[str, object]) -> set[str]:
+    found = table["properties"]
+    assert isinstance(found, dict)
+    return set(found)
+
+
+def test_digest_is_that_of_the_file(tmp_path: Path) -> None:
+    policy = load(POLICY, tmp_path)
+
+    assert policy.digest == hashlib.sha256(POLICY.encode()).hexdigest()
+    assert policy.source == (tmp_path / "policy.toml").read_bytes()
+
+
+def test_local_sources_are_seen_from_the_policy(tmp_path: Path) -> None:
+    text = POLICY.replace('"footwear.parquet"', '"hf://datasets/a/b@main"')
+    policy = load(text, tmp_path)
+
+    assert policy.retain.dataset == str(tmp_path / "retained.parquet")
+    assert policy.concepts[0].dataset == "hf://datasets/a/b@main"
+    assert policy.hub.options["path"] == str(tmp_path / "hub")
+
+
+def test_profile_gives_way_to_what_is_written(tmp_path: Path) -> None:
+    red_team = load(POLICY, tmp_path).red_team
+
+    assert red_team.long_run == 4.0
+    assert red_team.search_examples == PROFILES["smoke"]["search_examples"]
+
+
+def test_misspelt_key_is_told_with_the_nearest(tmp_path: Path) -> None:
+    (line,) = complaints(POLICY.replace("kappa_lower", "kapa_lower"), tmp_path)
+
+    assert line.startswith("policy.toml: gate.kapa_lower: no such key; did you mean 'kappa_lower'?")
+
+
+def test_all_problems_at_once_one_line_each(tmp_path: Path) -> None:
+    text = (
+        POLICY.replace('precisions = ["fp32"]', 'precisions = ["fp8"]')
+        .replace("margin = 0.03", "margin = 3")
+        .replace('hub = { name = "directory", path = "hub" }\n', "")
+        .replace("limit = 400", "limit = -1")
+    )
+    lines = complaints(text, tmp_path)
+
+    assert [line.split(": ")[1] for line in lines] == [
+        "precisions[0]",
+        "retain.margin",
+        "red_team.budget.limit",
+        "hub",
+    ]
+    assert "found 'fp8'" in lines[0]
+    assert "found 3" in lines[1]
+    assert not any("\n" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('name = "footwear"', 'name = "Foot wear"', "lowercase letters"),
+        ('precisions = ["fp32"]', 'precisions = ["fp32", "fp32"]', "stands here twice"),
+        ("ceiling = 0.5", 'ceiling = "middle"', "ceiling"),
+        ("ceiling = 0.5", "ceiling = 1.5", "less than 1"),
+        ('{ name = "lora", rank = 8 }', '{ name = "linear_probe" }', "is listed twice"),
+        ('profile = "smoke"', 'profile = "smoky"', "'smoke', 'quick', 'standard' or 'strong'"),
+        ("[gate]", '[[concepts]]\nname = "footwear"\ndataset = "x"\nceiling = 0.5\n[gate]', "two"),
+        ("seed = 7", "seed = 7\nseed = 8", "not TOML"),
+    ],
+)  # fmt: skip
+def test_wrong_values(old: str, new: str, told: str, tmp_path: Path) -> None:
+    assert old in POLICY
+    assert told in "\n".join(complaints(POLICY.replace(old, new), tmp_path))
+
+
+def test_no_concepts(tmp_path: Path) -> None:
+    start, end = POLICY.index("[[concepts]]"), POLICY.index("[red_team]")
+    (line,) = complaints(POLICY[:start] + POLICY[end:], tmp_path)
+
+    assert line == "policy.toml: a policy needs at least one of [[concepts]] or [[merge_targets]]"
+
+
+def test_zero_attacks(tmp_path: Path) -> None:
+    start, end = POLICY.index("attacks = ["), POLICY.index("hub =")
+    (line,) = complaints(POLICY[:start] + "attacks = []\n" + POLICY[end:], tmp_path)
+
+    assert "attacks: found []" in line
+    assert "at least 1" in line
+
+
+def test_midpoint_needs_a_model_that_never_knew(tmp_path: Path) -> None:
+    text = POLICY.replace("ceiling = 0.5", 'ceiling = "midpoint"').replace(
+        "long_run = 4.0", 'never_knew = "unavailable"'
+    )
+
+    assert "needs the never-knew arm" in complaints(text, tmp_path)[0]
+
+
+def test_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"none\.toml: cannot be read \(No such file"):
+        Policy.load(tmp_path / "none.toml")
+
+
+def test_schema_knows_both_forms_of_a_plugin() -> None:
+    schema = Policy.model_json_schema()
+
+    kinds = [kind.get("type") for kind in schema["properties"]["modality"]["anyOf"]]
+    assert "string" in kinds
+    assert set(schema["$defs"]["RedTeam"]["required"]) == {"profile", "budget"}
+    json.dumps(schema)
+
+
+def test_check_finds_wrong_options_and_missing_files(tmp_path: Path) -> None:
+    (tmp_path / "retained.parquet").touch()
+    text = POLICY.replace("rank = 8", "rnak = 8").replace('"sophon"', '"sofon"')
+    lines = problems(load(text, tmp_path))
+
+    assert lines[0].startswith("stages[0].name: 'sofon' is no stage; did you mean 'sophon'?")
+    assert lines[1].startswith("attacks[2].rnak: not an option of lora; did you mean 'rank'?")
+    assert lines[2].startswith(f"concepts[0].dataset: {tmp_path}/footwear.parquet is not there")
+    assert len(lines) == 3
