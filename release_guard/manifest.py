@@ -16,6 +16,7 @@ from release_guard.errors import IntegrityError, ReleaseGuardError
 
 FileClass = Literal["evidence", "documentation", "weights", "configuration"]
 
+PAYLOAD = frozenset({"weights", "configuration"})  # classes of the files that decide what it does
 SIGNATURE = "model.sig"
 EVIDENCE_FOLDER = ".release-guard"
 IGNORED = (".git", ".gitattributes", ".github", ".gitignore")  # top level, never part of a release
@@ -60,16 +61,12 @@ class Manifest:
     @property
     def root(self) -> str:
         """OMS root: SHA-256 over the raw digests in name order. It does not cover names."""
-        return hashlib.sha256(
-            b"".join(bytes.fromhex(entry.digest) for entry in self.entries)
-        ).hexdigest()
+        return root_digest(entry.digest for entry in self.entries)
 
     @property
     def payload(self) -> "Manifest":
         """Only what a model does: weights and configuration. Attestations bind to its root."""
-        return Manifest(
-            tuple(entry for entry in self.entries if entry.kind in {"weights", "configuration"})
-        )
+        return Manifest(tuple(entry for entry in self.entries if entry.kind in PAYLOAD))
 
     def get(self, name: str) -> FileEntry | None:
         """The entry of that name, if there is one."""
@@ -107,6 +104,11 @@ class DirectoryTree:
         require_canonical(name)
         with _open(_File(self.directory, name)) as file:
             return file.read()
+
+
+def root_digest(digests: Iterable[str]) -> str:
+    """SHA-256 over raw digests, given in hex in the order of their files' names."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
 def classify(name: str) -> FileClass:

@@ -3,7 +3,6 @@
 Source: the OpenSSF model signing specification v1.0, method `files`, SHA-256.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from release_guard.manifest import (
     Manifest,
     hash_directory,
     require_canonical,
+    root_digest,
     write_file,
 )
 from release_guard.release import Attested, Release
@@ -113,7 +113,7 @@ def from_statement(source: bytes) -> SignedFiles:
     if len(digests) != len(resources):
         raise IntegrityError(f"{SIGNATURE}: a file is listed twice")
     _require_order(list(digests))
-    root = hashlib.sha256(b"".join(map(bytes.fromhex, digests.values()))).hexdigest()
+    root = root_digest(digests.values())
     if [subject.digest for subject in statement.subjects] != [root]:
         raise IntegrityError(f"{SIGNATURE}: the root digest is not that of the files listed")
     return SignedFiles(digests, root, ignored)

@@ -1,0 +1,307 @@
+"""The consumer's flow over any Tree: who signed, what changed, what was shown, is it still so."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from release_guard.attestation import (
+    EVIDENCE_FILE,
+    POLICY_FILE,
+    PREDICATE_TYPES,
+    Claims,
+    bundle_name,
+    read_claims,
+    subjects,
+)
+from release_guard.dsse import MAX_BUNDLE
+from release_guard.errors import IntegrityError, PolicyError, ReleaseGuardError
+from release_guard.evidence import SUITE, Evidence
+from release_guard.gate import gate
+from release_guard.manifest import EVIDENCE_FOLDER, SIGNATURE, Manifest, Tree, classify
+from release_guard.oms import SignedFiles, from_statement
+from release_guard.policy import Policy
+from release_guard.release import Result, Verdict
+from release_guard.signers import Signer
+
+MAX_EVIDENCE = 512 << 20  # bytes of one evidence file
+
+
+class State(StrEnum):
+    """What a consumer has to know, gravest first."""
+
+    UNSIGNED = "unsigned"
+    WRONG_SIGNER = "wrong-signer"
+    WEIGHTS_CHANGED = "weights-changed"
+    CONFIG_CHANGED = "config-changed"
+    EVIDENCE_MISSING = "evidence-missing"
+    EVIDENCE_INVALID = "evidence-invalid"
+    EVIDENCE_EXPIRED = "evidence-expired"
+    NOT_PASSED = "not-passed"
+    DOCUMENTATION_CHANGED = "documentation-changed"
+    INTACT = "intact"
+
+
+_GRAVITY = tuple(State)
+_EXIT_CODES = {State.INTACT: 0, State.DOCUMENTATION_CHANGED: 0, State.NOT_PASSED: 3}
+_BUNDLE = ".sigstore.json"
+_MISMATCH = IntegrityError.exit_code
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the caller takes on faith, never from the release itself.
+
+    Attributes:
+        signer: Whose signature counts.
+        policy_digest: SHA-256 of the policy it must have been judged by, byte for byte; None: the
+            publisher's own is reported instead.
+    """
+
+    signer: Signer
+    policy_digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One state, why, and the files that show it."""
+
+    state: State
+    message: str
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All that was found.
+
+    Attributes:
+        findings: Everything that is not as it should be; empty means intact.
+        identity: Whose signature was asked for.
+        signed: What `model.sig` vouches for; None if nobody does.
+        claims: What the attestations say; None unless all three hold.
+        notes: Things ignored that somebody may want to know of.
+    """
+
+    findings: tuple[Finding, ...]
+    identity: str
+    signed: SignedFiles | None = None
+    claims: Claims | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """Every state, gravest first."""
+        found = {finding.state for finding in self.findings}
+        return tuple(state for state in _GRAVITY if state in found) or (State.INTACT,)
+
+    @property
+    def exit_code(self) -> int:
+        """That of the gravest state: 0, 3 or 4."""
+        return max(_EXIT_CODES.get(state, _MISMATCH) for state in self.states)
+
+
+def verify(
+    tree: Tree, trust: Trust, *, now: datetime, partial: bool = False, rejudge: bool = True
+) -> Verification:
+    """Check a release against what the caller trusts.
+
+    Args:
+        tree: The release: a folder, a git commit, a revision on a hub.
+        trust: Whose signature counts and, if given, which policy.
+        now: Moment to compare the expiry with; aware.
+        partial: Missing weights, configuration and documents are no finding, as when only some
+            files were fetched. Missing evidence still is.
+        rejudge: Run the gate again on the signed evidence and require that it agrees.
+    """
+    manifest = tree.manifest
+    check = _Check(tree, trust, manifest)
+    signed = check.signature()
+    if signed is None:
+        return Verification(tuple(check.findings), trust.signer.identity)
+    check.files(signed, partial=partial)
+    claims = check.attestations(signed)
+    if claims is not None:
+        check.claims(claims, now)
+    if claims is not None and rejudge:
+        check.judgement(signed, claims)
+    notes = tuple(_notes(manifest))
+    return Verification(tuple(check.findings), trust.signer.identity, signed, claims, notes)
+
+
+def require_intact(verification: Verification) -> None:
+    """Refuse anything but an intact release.
+
+    Raises:
+        IntegrityError: One line with every finding.
+    """
+    if verification.findings:
+        raise IntegrityError("; ".join(finding.message for finding in verification.findings))
+
+
+@dataclass(frozen=True)
+class _Check:
+    tree: Tree
+    trust: Trust
+    manifest: Manifest
+    findings: list[Finding] = field(default_factory=list)
+
+    def signature(self) -> SignedFiles | None:
+        """Step 1: `model.sig` is there, by the right signer, and lists files as it must."""
+        if self.manifest.get(SIGNATURE) is None:
+            self._find(State.UNSIGNED, f"{SIGNATURE}: missing, so nobody vouches for the files")
+            return None
+        try:
+            statement = self.trust.signer.verify(self._read(SIGNATURE, MAX_BUNDLE))
+        except IntegrityError as error:
+            self._find(State.WRONG_SIGNER, f"{SIGNATURE}: {error}", SIGNATURE)
+            return None
+        try:
+            return from_statement(statement)
+        except IntegrityError as error:
+            self._find(State.UNSIGNED, str(error), SIGNATURE)
+            return None
+
+    def files(self, signed: SignedFiles, *, partial: bool) -> None:
+        """Step 2: nothing changed, nothing missing, nothing added; grouped by what it means."""
+        found = {entry.name: entry.digest for entry in self.manifest.entries}
+        del found[SIGNATURE]
+        common = found.keys() & signed.digests.keys()
+        groups = {
+            "changed": {name for name in common if found[name] != signed.digests[name]},
+            "missing": signed.digests.keys() - found.keys(),
+            "added": found.keys() - signed.digests.keys(),
+        }
+        for what, names in groups.items():
+            grouped: dict[State, list[str]] = {}
+            for name in sorted(names):
+                grouped.setdefault(_state(name, what), []).append(name)
+            for state, files in grouped.items():
+                if not (partial and what == "missing" and state is not State.EVIDENCE_MISSING):
+                    self._find(state, f"{what}: {_listing(files)}", *files)
+
+    def attestations(self, signed: SignedFiles) -> Claims | None:
+        """Step 3: all three, by the same signer, about exactly these weights and configuration."""
+        statements: dict[str, bytes] = {}
+        for kind in PREDICATE_TYPES:
+            name = bundle_name(kind)
+            if name not in signed.digests:
+                self._find(State.EVIDENCE_MISSING, f"{name}: not part of this release", name)
+                continue
+            if not self._as_signed(name, signed):
+                continue
+            try:
+                bundle = self._signed_bytes(name, signed, MAX_BUNDLE)
+                statements[kind] = self.trust.signer.verify(bundle)
+            except IntegrityError as error:
+                self._invalid(error, name)
+        if len(statements) != len(PREDICATE_TYPES):
+            return None
+        try:
+            return read_claims(statements, subjects(signed.digests))
+        except IntegrityError as error:
+            self._invalid(error)
+            return None
+
+    def claims(self, claims: Claims, now: datetime) -> None:
+        """Step 4: judged by the policy that is required, passed, and still valid."""
+        wanted = self.trust.policy_digest
+        if wanted is not None and claims.policy != wanted:
+            text = f"judged by the policy {claims.policy[:16]}..., not by yours, {wanted[:16]}..."
+            self._find(State.EVIDENCE_INVALID, text, POLICY_FILE)
+        if now >= claims.valid_until:
+            text = (
+                f"the claim expired on {claims.valid_until:%Y-%m-%d}; have the model judged again"
+            )
+            self._find(State.EVIDENCE_EXPIRED, text)
+        if claims.suite.partition(".")[0] != SUITE.partition(".")[0]:
+            text = f"judged by suite {claims.suite!a}, which suite {SUITE} has replaced"
+            self._find(State.EVIDENCE_EXPIRED, text)
+        if claims.result is not Result.PASS:
+            self._find(State.NOT_PASSED, f"the gate said {claims.result.name}")
+
+    def judgement(self, signed: SignedFiles, claims: Claims) -> None:
+        """Step 5: the signed evidence, judged again, gives the signed verdict."""
+        if not all(self._as_signed(name, signed) for name in (POLICY_FILE, EVIDENCE_FILE)):
+            return
+        try:
+            policy, verdict = self._judge(signed, claims)
+        except (IntegrityError, PolicyError) as error:
+            self._invalid(error, EVIDENCE_FILE)
+            return
+        if verdict.result is not claims.result:
+            text = f"the evidence says {verdict.result.name}, the attestation {claims.result.name}"
+            self._find(State.EVIDENCE_INVALID, text, EVIDENCE_FILE)
+        elif verdict.passed and (lacking := claims.lacking(policy)):
+            self._find(
+                State.EVIDENCE_INVALID, f"svr: lacks {', '.join(lacking)}", bundle_name("svr")
+            )
+
+    def _judge(self, signed: SignedFiles, claims: Claims) -> tuple[Policy, Verdict]:
+        for name, digest in ((POLICY_FILE, claims.policy), (EVIDENCE_FILE, claims.report)):
+            if signed.digests.get(name) != digest:
+                raise IntegrityError(f"{name}: not the file that the attestations name")
+        source = self._signed_bytes(POLICY_FILE, signed, MAX_EVIDENCE)
+        policy = Policy.parse(source, name=POLICY_FILE)
+        evidence = Evidence.from_jsonl(self._signed_bytes(EVIDENCE_FILE, signed, MAX_EVIDENCE))
+        about = subjects(signed.digests)[0].digest
+        if (evidence.policy, evidence.immunized) != (policy.digest, about):
+            raise IntegrityError(f"{EVIDENCE_FILE}: of another policy or other weights")
+        try:
+            return policy, gate(evidence, policy)
+        except (ArithmeticError, LookupError, ValueError) as error:  # figures no run ends with
+            raise IntegrityError(f"{EVIDENCE_FILE}: cannot be judged ({error})") from None
+
+    def _as_signed(self, name: str, signed: SignedFiles) -> bool:
+        """Whether a file is worth reading: one that is missing or changed was reported before."""
+        entry = self.manifest.get(name)
+        return name not in signed.digests or (
+            entry is not None and entry.digest == signed.digests[name]
+        )
+
+    def _signed_bytes(self, name: str, signed: SignedFiles, limit: int) -> bytes:
+        """Bytes of a file as signed: what was read is compared, not what was hashed before."""
+        content = self._read(name, limit)
+        if hashlib.sha256(content).hexdigest() != signed.digests[name]:
+            raise IntegrityError(f"{name}: not as signed")
+        return content
+
+    def _read(self, name: str, limit: int) -> bytes:
+        entry = self.manifest.get(name)
+        if entry is None:
+            raise IntegrityError(f"{name}: missing")
+        if entry.size > limit:
+            raise IntegrityError(f"{name}: larger than {limit >> 20} MiB; not read")
+        return self.tree.read(name)
+
+    def _invalid(self, error: ReleaseGuardError, *files: str) -> None:
+        self._find(State.EVIDENCE_INVALID, str(error).splitlines()[0], *files)
+
+    def _find(self, state: State, message: str, *files: str) -> None:
+        self.findings.append(Finding(state, message, files))
+
+
+def _state(name: str, what: str) -> State:
+    match classify(name):
+        case "weights":
+            return State.WEIGHTS_CHANGED
+        case "configuration":
+            return State.CONFIG_CHANGED
+        case "documentation":
+            return State.DOCUMENTATION_CHANGED
+        case "evidence":
+            return State.EVIDENCE_MISSING if what == "missing" else State.EVIDENCE_INVALID
+
+
+def _listing(files: list[str], most: int = 3) -> str:
+    shown = ", ".join(files[:most])
+    return f"{shown} and {len(files) - most} more" if len(files) > most else shown
+
+
+def _notes(manifest: Manifest) -> Iterator[str]:
+    known = {bundle_name(kind) for kind in PREDICATE_TYPES}
+    for entry in manifest.entries:
+        bundle = entry.name.startswith(f"{EVIDENCE_FOLDER}/") and entry.name.endswith(_BUNDLE)
+        if bundle and entry.name not in known:
+            yield f"{entry.name}: a kind of attestation this version does not read; ignored"
