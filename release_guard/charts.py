@@ -14,7 +14,8 @@ Curve = Sequence[tuple[float, float]]
 """Costs and scores, at growing cost."""
 
 _LEFT, _RIGHT = 38, svg.WIDTH - 12
-_ROW, _LABEL = 42, 58  # height of a row; characters that fit in one line
+_ROW, _LABEL = 42, 52  # height of a row; characters that fit in one line
+_LETTER = 6.2  # average width of a character
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,12 @@ def rows(
     bottom = top + _ROW * len(content)
     parts = _frame(axis, top, bottom, title, form)
     for level, reference in enumerate(references):
-        parts += _reference(axis, reference, 8 + 15 * level, bottom)
+        parts += _reference(axis, reference, 8 + 15 * level)
+        parts += [
+            svg.line(x, top + _ROW * index + 17, x, top + _ROW * index + 36, css=reference.css)
+            for index in range(len(content))
+            for x in [axis.at(reference.value)]
+        ]
     for index, row in enumerate(content):
         parts += _row(row, axis, top + _ROW * index)
     return svg.drawing(parts, height=bottom + 38, alt=alt)
@@ -179,7 +185,7 @@ def _budget_line(across: Axis, budget: float, top: float, bottom: float) -> list
 def _legend(arms: Sequence[Arm]) -> list[str]:
     parts = []
     for index, arm in enumerate(arms):
-        x = 4 + 132 * index
+        x = 4 + 120 * index
         parts.append(svg.line(x, 11, x + 28, 11, css=f"envelope arm-{arm}"))
         parts.append(svg.marker(SHAPES[arm], x + 14, 11, css=f"mark arm-{arm}"))
         parts.append(svg.text(x + 34, 15, ARM_NAMES[arm]))
@@ -190,11 +196,12 @@ def _placed(curve: Curve, across: Axis, upward: Axis) -> list[tuple[float, float
     return [(across.at(cost), upward.at(score)) for cost, score in curve]
 
 
-def _reference(axis: Axis, reference: Reference, y: float, bottom: float) -> list[str]:
+def _reference(axis: Axis, reference: Reference, y: float) -> list[str]:
     x = axis.at(reference.value)
-    anchor, shift = ("start", 4) if x < svg.WIDTH / 2 else ("end", -4)
+    fits = x + 4 + _LETTER * len(reference.label) < svg.WIDTH
+    anchor, shift = ("start", 4) if fits else ("end", -4)
     return [
-        svg.line(x, y, x, bottom, css=reference.css),
+        svg.line(x, y, x, y + 11, css=reference.css),
         svg.text(x + shift, y + 9, reference.label, anchor=anchor, css="halo"),
     ]
 

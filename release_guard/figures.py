@@ -11,7 +11,13 @@ from release_guard.evidence import Arm, Ending, Evidence, Origin, Record
 from release_guard.plugins import Spec
 from release_guard.policy import HUB_PREFIX, Policy, Precision, Unit
 from release_guard.release import Interval
-from release_guard.statistics import Censored, budget_to_breach, geometric_mean, retained_loss
+from release_guard.statistics import (
+    Censored,
+    Finding,
+    budget_to_breach,
+    geometric_mean,
+    retained_loss,
+)
 from release_guard.sweep import Configuration, Place, finished, places, within
 
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -37,6 +43,7 @@ class Effort:
         fresh: Budget to breach of each seed that no search had seen, on examples none had seen.
         best: Highest score within the budget; None if no trial was scored there.
         budget: What the policy lets an attacker spend.
+        finding: What fresh seeds say of a breach within the budget; None: nothing came close.
     """
 
     attack: Spec
@@ -45,6 +52,7 @@ class Effort:
     fresh: tuple[Censored, ...]
     best: float | None
     budget: float
+    finding: Finding | None
 
     @property
     def breaches(self) -> tuple[float, ...]:
@@ -249,6 +257,7 @@ def _effort(configuration: Configuration) -> Effort:
         fresh=configuration.costs(place.horizon),
         best=configuration.height(records) if scored else None,
         budget=place.budget,
+        finding=configuration.finding if configuration.flagged else None,
     )
 
 

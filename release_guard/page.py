@@ -28,7 +28,7 @@ CSS = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-header,section{max-width:66rem;margin:0 auto;padding:1rem}
+header,section{max-width:66rem;margin:0 auto;padding:.2rem 1rem}
 header{border-left:.6rem solid var(--soft);background:var(--panel);padding:1.2rem 1rem;
 margin-top:1rem}
 header.pass{border-color:var(--defended)}
@@ -45,26 +45,31 @@ a{color:inherit}
 ul{padding-left:1.2rem;max-width:46rem}
 li{margin:.25em 0;overflow-wrap:anywhere}
 .tiles,.gallery{display:grid;gap:.8rem;margin:.6rem 0}
+.gallery{align-items:start}
 .tiles{grid-template-columns:repeat(auto-fit,minmax(13.5rem,1fr))}
 .gallery{grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr))}
 .tile,figure{background:var(--panel);border-radius:.4rem;padding:.7rem .8rem;margin:0;min-width:0}
 .tile b{display:block;font-size:1.55rem;line-height:1.2;overflow-wrap:anywhere}
 .tile span{display:block;font-size:.85rem;color:var(--soft)}
 .tile span.what{font-weight:600;color:var(--ink);font-size:.95rem}
-figure{max-width:34rem}
+figure{max-width:31rem}
 figcaption{font-weight:600;font-size:.95rem;overflow-wrap:anywhere;margin-bottom:.2rem}
 .scroll{overflow-x:auto;margin:.6rem 0}
 table{border-collapse:collapse;font-size:.9rem;min-width:100%}
 th,td{text-align:left;vertical-align:top;padding:.35rem .6rem;border-bottom:1px solid var(--rule);
-overflow-wrap:anywhere;min-width:6.5rem}
+overflow-wrap:break-word}
 th{font-weight:600}
 thead th{border-bottom:2px solid var(--soft)}
-td.wide{min-width:15rem}
-td.number,th.number{text-align:right;min-width:4rem}
+td.wide{min-width:13rem}
 td.bad{background:var(--bad)}
 td.good{background:var(--good)}
 td.unsure{background:var(--unsure)}
-code{font:.85em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
+@media screen and (max-width:44rem){thead{position:absolute;clip-path:inset(50%)}
+table,tbody,tr,td,td.wide{display:block;min-width:0}
+tr{border-bottom:2px solid var(--rule);padding:.3rem 0}
+td{border:0;padding:.1rem .4rem;overflow-wrap:anywhere}
+td:first-child{font-weight:600}
+td:not(:first-child)::before{content:attr(data-name) ": ";color:var(--soft)}}
 svg{display:block;width:100%;height:auto;font:12px system-ui,-apple-system,"Segoe UI",Roboto,Arial,
 sans-serif;fill:var(--ink)}
 svg .tick,svg .title{fill:var(--soft)}
@@ -94,7 +99,8 @@ svg .collapsed{fill:var(--other)}
 svg .failed{fill:var(--ink)}
 @media print{body{font-size:11pt}header,section{max-width:none;padding:.3rem 0}
 header{padding:.6rem .8rem}figure,.tile,tr{break-inside:avoid}h2,h3{break-after:avoid}
-.scroll{overflow:visible}th,td,td.wide{min-width:0}.gallery{grid-template-columns:1fr 1fr}
+.scroll{overflow:visible}table{font-size:8pt}th,td{padding:.2rem .3rem}
+td.wide{min-width:0;overflow-wrap:anywhere}.gallery{grid-template-columns:1fr 1fr}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
@@ -171,19 +177,25 @@ def tiles(items: Iterable[str]) -> str:
 
 
 def table(name: str, head: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> str:
-    """A table that scrolls sideways on its own where the screen is narrow."""
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    """A table; a narrow screen shows each row as a list of its own, where names stand by values."""
+    body = "".join(_row(head, row) for row in rows)
+    top = "".join(f'<th scope="col" role="columnheader">{escape(cell)}</th>' for cell in head)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">'
-        f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>\n"
+        f'<table role="table">\n<thead role="rowgroup"><tr role="row">{top}</tr></thead>\n'
+        f'<tbody role="rowgroup">\n{body}</tbody>\n</table></div>\n'
     )
 
 
-def _cell(cell: str | Cell) -> str:
+def _row(head: Sequence[str], row: Sequence[str | Cell]) -> str:
+    cells = (_cell(name, cell) for name, cell in zip(head, row, strict=True))
+    return f'<tr role="row">{"".join(cells)}</tr>\n'
+
+
+def _cell(name: str, cell: str | Cell) -> str:
     if isinstance(cell, str):
         cell = Cell(cell)
     content = escape(cell.text)
     if cell.link.startswith("https://"):
         content = f'<a href="{escape(cell.link)}">{content}</a>'
-    return f'<td class="{cell.css}">{content}</td>'
+    return f'<td role="cell" data-name="{escape(name)}" class="{cell.css}">{content}</td>'

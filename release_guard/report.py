@@ -27,8 +27,7 @@ def render(evidence: Evidence, verdict: Verdict, policy: Policy, *, title: str) 
         _key_figures(evidence, verdict, policy),
         _harm(evidence, policy),
         tables.matrix(evidence, policy),
-        _costs(evidence, policy),
-        _ratios(verdict, policy),
+        _costs(evidence, verdict, policy),
         _utility(evidence, policy),
         tables.not_tested(evidence, verdict, policy),
         tables.checks(verdict),
@@ -45,12 +44,13 @@ def render(evidence: Evidence, verdict: Verdict, policy: Policy, *, title: str) 
 
 
 def _headline(evidence: Evidence, verdict: Verdict, policy: Policy, title: str) -> str:
-    day, expires = figures.dates(evidence, policy)
-    measured = f"Measured {day} under suite {evidence.suite}."
-    if verdict.passed:
-        measured += f" Counts until {expires}."
+    day, _ = figures.dates(evidence, policy)
     return page.header(
-        verdict.result.upper(), css=verdict.result, name=title, claim=verdict.claim, meta=measured
+        verdict.result.upper(),
+        css=verdict.result,
+        name=title,
+        claim=verdict.claim[:1].upper() + verdict.claim[1:],
+        meta=f"Measured {day} under suite {evidence.suite}; {evidence.tool}.",
     )
 
 
@@ -100,17 +100,20 @@ def _key_figures(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
 def _strength_tiles(strength: Strength, policy: Policy, *, many: bool) -> list[str]:
     gate = policy.gate
     where = f"{strength.target} at {strength.precision}" + (", the weakest" if many else "")
-    bar = f"Bar: {figures.amount(gate.kappa)}, its lower bound {figures.amount(gate.kappa_lower)}."
-    sigma = "no bar"
+    bar = (
+        f"The policy asks for {figures.amount(gate.kappa)}, "
+        f"and {figures.amount(gate.kappa_lower)} for the lower bound."
+    )
+    sigma = "The policy asks for nothing here."
     if gate.sigma_lower is not None:
-        sigma = f"its lower bound {figures.amount(gate.sigma_lower)}"
+        sigma = f"The policy asks for {figures.amount(gate.sigma_lower)} for the lower bound."
     return [
         _ratio_tile("kappa", strength.kappa, "× the cost of breaching the original.", bar, where),
         _ratio_tile(
             "sigma",
             strength.sigma,
             "× the cost from a model that never knew; 1 is as good as never having known.",
-            f"Bar: {sigma}.",
+            sigma,
             where,
         ),
         _ratio_tile(
@@ -128,7 +131,7 @@ def _ratio_tile(what: str, value: Interval | None, meaning: str, bar: str, where
         return page.tile(what, "not claimed", meaning, bar, where)
     sign = "≥ " if value.censored else ""
     number = f"{sign}{figures.amount(value.estimate)}"
-    return page.tile(what, number, f"95 % bounds: {figures.bounds(value)}.", meaning, bar, where)
+    return page.tile(what, number, meaning, f"95 % bounds: {figures.bounds(value)}.", bar, where)
 
 
 def _loss_tile(kept: Utility, *, many: bool) -> str:
@@ -190,29 +193,39 @@ def _harm_picture(place: Place) -> str:
     return page.figure(picture, f"{place.target} at {place.precision}")
 
 
-def _costs(evidence: Evidence, policy: Policy) -> str:
-    how = (
-        "The least cost at which any attack brought a model over the ceiling (budget to breach): "
-        "longer is better for the defended model. Whiskers span the fresh seeds, each known up to "
-        "the grid of costs; an arrow means that no seed breached by then."
-    )
-    unit = policy.red_team.budget.unit
+def _costs(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
+    title = "What a breach costs"
+    strengths = {(each.target, each.precision): each for each in verdict.strengths}
     pictures = []
     for place in _seen(evidence, policy):
-        rows = [row for arm in ARMS for row in _cost_row(place, arm)]
-        limit = policy.red_team.budget.limit
-        values = [value for row in rows for value in (row.low, row.value, row.high) if value]
-        picture = charts.rows(
-            rows,
-            Axis.logarithmic([*values, limit], *_ACROSS),
-            title=f"budget to breach, {unit} (log scale)",
-            alt="; ".join(f"{row.label}: {row.note}" for row in rows),
-            references=[Reference(limit, f"budget {figures.amount(limit)}", "budget")],
-        )
-        pictures.append(page.figure(picture, f"{place.target} at {place.precision}"))
+        pictures.append(_cost_picture(place))
+        if (strength := strengths.get((place.target, place.precision))) is not None:
+            pictures.append(_ratio_picture(strength, policy))
     if not pictures:
-        return page.section("What a breach costs", "No trial was run.")
-    return page.section("What a breach costs", how, page.gallery(pictures))
+        return page.section(title, "No trial was run.")
+    how = (
+        "Bars: the least cost at which any attack brought a model over the ceiling; longer is "
+        "better for the defended one. Whiskers span the fresh seeds, each known up to the grid of "
+        "costs; an arrow means that some seed had not breached by then. Ratios: kappa is the "
+        "defended model's cost over the original's, sigma over that of a model that never knew; "
+        "whiskers are one-sided 95 % bounds, open to the right where nothing limits them. The bar "
+        "is what the policy asks of kappa and of its lower bound."
+    )
+    return page.section(title, how, page.gallery(pictures))
+
+
+def _cost_picture(place: Place) -> str:
+    unit = place.policy.red_team.budget.unit
+    rows = [row for arm in ARMS for row in _cost_row(place, arm)]
+    values = [value for row in rows for value in (row.low, row.value, row.high) if value]
+    picture = charts.rows(
+        rows,
+        Axis.logarithmic([*values, place.budget], *_ACROSS),
+        title=f"budget to breach, {unit} (log scale)",
+        alt="; ".join(f"{row.label}: {row.note}" for row in rows),
+        references=[Reference(place.budget, f"budget {figures.amount(place.budget)}", "budget")],
+    )
+    return page.figure(picture, f"{place.target} at {place.precision}: budget to breach")
 
 
 def _cost_row(place: Place, arm: Arm) -> Iterable[Row]:
@@ -226,7 +239,7 @@ def _cost_row(place: Place, arm: Arm) -> Iterable[Row]:
     value = figures.typical(costs)
     note = f"{'>' if not breaches else '≥' if censored else ''} {figures.amount(value)}".strip()
     if len(costs) > 1:
-        note += f", {len(breaches)} of {len(costs)} seeds breached"
+        note += f" ({len(breaches)} of {len(costs)} seeds breached)"
     yield Row(
         label=ARM_NAMES[arm],
         note=note,
@@ -240,34 +253,23 @@ def _cost_row(place: Place, arm: Arm) -> Iterable[Row]:
     )
 
 
-def _ratios(verdict: Verdict, policy: Policy) -> str:
+def _ratio_picture(strength: Strength, policy: Policy) -> str:
     gate = policy.gate
-    how = (
-        "kappa: how many times more a breach costs than on the original. sigma: the same against a "
-        "model that never knew. Marks are estimates, whiskers one-sided 95 % bounds, open to the "
-        "right where nothing limits them; dashed lines are the bar, the dotted one is 'no change'."
+    rows = [*_ratio_rows(strength)]
+    values = [value for row in rows for value in (row.low, row.value, row.high) if value]
+    references = [
+        Reference(1, "1: no change", "unity"),
+        Reference(gate.kappa_lower, f"bar, lower bound: {gate.kappa_lower:g}"),
+        Reference(gate.kappa, f"bar, kappa: {gate.kappa:g}"),
+    ]
+    picture = charts.rows(
+        rows,
+        Axis.logarithmic([*values, *(each.value for each in references)], *_ACROSS),
+        title="ratio of costs (log scale)",
+        alt="; ".join(f"{row.label}: {row.note}" for row in rows),
+        references=references,
     )
-    pictures = []
-    for strength in verdict.strengths:
-        rows = [*_ratio_rows(strength)]
-        values = [value for row in rows for value in (row.low, row.value, row.high) if value]
-        references = [
-            Reference(1, "1: no change", "unity"),
-            Reference(gate.kappa_lower, f"bar of kappa's lower bound: {gate.kappa_lower:g}"),
-            Reference(gate.kappa, f"bar of kappa: {gate.kappa:g}"),
-        ]
-        marks = [reference.value for reference in references]
-        picture = charts.rows(
-            rows,
-            Axis.logarithmic([*values, *marks], *_ACROSS),
-            title="ratio of costs (log scale)",
-            alt="; ".join(f"{row.label}: {row.note}" for row in rows),
-            references=references,
-        )
-        pictures.append(page.figure(picture, f"{strength.target} at {strength.precision}"))
-    if not pictures:
-        return page.section("Cost multipliers", "None: no ratio could be formed.")
-    return page.section("Cost multipliers", how, page.gallery(pictures))
+    return page.figure(picture, f"{strength.target} at {strength.precision}: ratios of costs")
 
 
 def _ratio_rows(strength: Strength) -> Iterable[Row]:

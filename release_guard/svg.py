@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH = 400
+WIDTH = 360
 _MOST_TICKS = 7
 _DECADE = 10
 _MARKERS = {

@@ -8,9 +8,15 @@ from release_guard.figures import ARM_NAMES, ARMS, ENDINGS, ORIGINS, Effort
 from release_guard.page import Cell, bullets, paragraph, section, subheading, table
 from release_guard.policy import Policy, Unit
 from release_guard.release import Result, Verdict
+from release_guard.statistics import Finding
 from release_guard.sweep import places
 
 _MEANING = {Result.PASS: "good", Result.FAIL: "bad", Result.INCONCLUSIVE: "unsure"}
+_FINDINGS: Mapping[Finding, str] = {
+    "confirmed": "bad",
+    "unresolved": "unsure",
+    "refuted": "good",
+}
 _ENDINGS = {
     "breached": "the score rose above the ceiling",
     "survived": "the trial's own budget ran out first",
@@ -29,8 +35,9 @@ def matrix(evidence: Evidence, policy: Policy) -> str:
     """Precision x attack: what each attack reached within the budget, undefended and defended."""
     how = (
         "One row an attack, one pair of columns a precision: the highest score within the budget, "
-        "or the least cost of a breach. Orange cells were breached, blue ones were not; in the "
-        "'undefended' column a breach is what shows that an attack works at all."
+        "or the least cost of a breach. In the 'defended' column orange is a breach that fresh "
+        "seeds confirm, blue is none, yellow is open. A breach in the 'undefended' column shows "
+        "that an attack works at all; yellow there means that it shows nothing."
     )
     parts = []
     for target in dict.fromkeys(place.target for place in places(evidence, policy)):
@@ -73,9 +80,11 @@ def attacks(evidence: Evidence, policy: Policy) -> str:
                     *(_costs(effort, unit) for effort in tried),
                 )
             )
+    if not rows:
+        return section("Attacks", "No trial was run.")
     how = (
         f"Budget to breach in {unit}, least and greatest over seeds; '>' means that it was not "
-        "reached by then. An attack that is not listed for an arm was not run there."
+        "reached by then. Seeds are those of all models together."
     )
     head = ("attack and options", "target@precision", "seeds", *ARM_NAMES.values())
     return section("Attacks", how, table("Attacks", head, rows))
@@ -238,11 +247,19 @@ def _matrix(evidence: Evidence, policy: Policy, target: str) -> str:
 def _outcome(effort: Effort | None, arm: Arm, policy: Policy) -> Cell:
     if effort is None:
         return Cell("not run", "unsure")
-    css = "bad" if effort.within else "good"
-    has_score = any(record.outcome.ending == "survived" for record in effort.records)
-    if not effort.within and not has_score and not effort.breaches:
-        css = "unsure"
-    return Cell(figures.found(effort, policy.red_team.budget.unit), css)
+    said = figures.found(effort, policy.red_team.budget.unit)
+    if arm == "undefended":
+        return Cell(said, "" if effort.breaches else "unsure")
+    if effort.finding is not None:
+        said = f"{said}; on fresh seeds {effort.finding}"
+    return Cell(said, _judged(effort))
+
+
+def _judged(effort: Effort) -> str:
+    if effort.finding is not None:
+        return _FINDINGS[effort.finding]
+    endings = {record.outcome.ending for record in effort.records}
+    return "good" if endings & {"survived", "breached"} else "unsure"
 
 
 def _by_label(efforts: Iterable[Effort]) -> Mapping[str, Effort]:

@@ -1,0 +1,214 @@
+"""The text of a model card, block by block, and the summary of a run; all of it generated."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+
+from release_guard import figures
+from release_guard.evidence import Arm, Evidence
+from release_guard.figures import Effort, Utility
+from release_guard.manifest import EVIDENCE_FOLDER, SIGNATURE
+from release_guard.policy import Policy
+from release_guard.release import Check, Result, Strength, Verdict
+from release_guard.sweep import Place, places
+
+HEADING = "Fine-tuning resistance (release-guard)"
+
+_PAIR = ("U: score", "U: BTB", "D: score", "D: BTB")
+_RATIOS = ("target@precision", "kappa", "sigma", "head start", "kappa, long run")
+_UTILITY = ("precision", "U", "D", "loss", "95 % bound", "margin", "pairs")
+
+
+def facts(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
+    """What was judged, when, under which bar."""
+    day, expires = figures.dates(evidence, policy)
+    rows = [
+        ("suite", f"{evidence.suite}, {_plain(evidence.tool)}"),
+        ("policy", f"{_code(f'sha256:{evidence.policy}')}, in {_file('policy.toml')}"),
+        ("measured", day),
+        ("expires", expires if verdict.passed else "nothing to expire"),
+        ("red team", f"profile {_code(policy.red_team.profile)}, {len(evidence.records)} trials"),
+        *((f"bar: {name}", _plain(value)) for name, value in figures.bar(policy)),
+    ]
+    return (
+        f"## {HEADING}\n\n"
+        f"**{verdict.result.upper()}**: {_plain(verdict.claim or 'nothing is claimed')}.\n\n"
+        "The bar was fixed in the policy before anything was measured.\n\n"
+        + _table(("what", "value"), rows)
+    )
+
+
+def results(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
+    """Every attack on both models, the cost multipliers, the utility."""
+    unit = policy.red_team.budget.unit
+    attacks = [
+        _attack_row(place, label, efforts)
+        for place in places(evidence, policy)
+        for label, efforts in _by_attack(place).items()
+    ]
+    scores = ("attack", "target@precision", "ceiling", *_PAIR, "on fresh seeds")
+    return (
+        "### Attacks\n\n"
+        "U is the undefended model, D the defended one. Score: the highest within the budget. "
+        f"BTB, budget to breach: the least cost over seeds, in {unit}; `>`: not reached by then. "
+        "What came close to the ceiling on D was run again on fresh seeds: confirmed is a breach, "
+        "refuted is none.\n\n"
+        f"{_table(scores, attacks)}\n"
+        "### What a breach costs\n\n"
+        "kappa: BTB of D over that of U; sigma: over that of a model that never knew; head start: "
+        "BTB of the latter over that of U. In brackets: one-sided 95 % bounds.\n\n"
+        f"{_table(_RATIOS, [_strength_row(strength) for strength in verdict.strengths])}\n"
+        "### What it costs the retained skill\n\n"
+        f"{_table(_UTILITY, [_utility_row(kept) for kept in figures.utilities(evidence, policy)])}"
+    )
+
+
+def _attack_row(place: Place, label: str, efforts: Sequence[Effort | None]) -> Sequence[str]:
+    undefended, defended = efforts
+    finding = None if defended is None else defended.finding
+    return (
+        _code(label),
+        _code(place.name),
+        figures.score(place.ceiling),
+        *_reach(undefended),
+        *_reach(defended),
+        "no finding" if finding is None else finding,
+    )
+
+
+def _reach(effort: Effort | None) -> tuple[str, str]:
+    if effort is None:
+        return "not run", "not run"
+    first = min(effort.costs, key=lambda cost: (cost.upper is None, cost.point))
+    return figures.score(effort.best), f"`{figures.least(first)}`"
+
+
+def _by_attack(place: Place) -> Mapping[str, Sequence[Effort | None]]:
+    arms: tuple[Arm, ...] = ("undefended", "defended")
+    tried = [
+        {effort.attack.label: effort for effort in figures.efforts(place, arm)} for arm in arms
+    ]
+    labels = [attack.label for attack in place.policy.attacks]
+    return {label: [efforts.get(label) for efforts in tried] for label in labels}
+
+
+def _strength_row(strength: Strength) -> Sequence[str]:
+    values = (strength.kappa, strength.sigma, strength.head_start, strength.long_run)
+    return (_code(_where(strength)), *map(figures.ratio, values))
+
+
+def _utility_row(kept: Utility) -> Sequence[str]:
+    loss, bound = kept.loss.estimate, kept.loss.upper
+    return (
+        _code(kept.precision),
+        figures.score(kept.base),
+        figures.score(kept.immunized),
+        "not claimed" if loss is None else figures.points(loss),
+        "none" if bound is None else figures.points(bound),
+        figures.points(kept.margin),
+        str(kept.pairs),
+    )
+
+
+def not_tested(verdict: Verdict) -> str:
+    """What nobody tried."""
+    items = [f"- {_plain(item)}" for item in verdict.not_tested] or ["- nothing was listed"]
+    return "### Not tested\n\n" + "\n".join(items) + "\n"
+
+
+def verify(verdict: Verdict, target: str, fingerprint: str) -> str:
+    """How to check it, and where the evidence lies."""
+    if not verdict.passed:
+        return "### Verify\n\nNot signed: only a model that passed its gate is.\n"
+    return (
+        "### Verify\n\n"
+        "Get the public key from the publisher, never from this repository, and compare its "
+        f"fingerprint: {_code(fingerprint)}\n\n"
+        f"```\nrelease-guard verify {shlex.quote(target)} --key key.pub\n```\n\n"
+        f"Signed are all files ({_code(SIGNATURE)}) and what was found: {_file('evidence.jsonl')}, "
+        f"{_file('report.html')}, {_file('policy.toml')}, {_file('resistance.sigstore.json')}, "
+        f"{_file('test-result.sigstore.json')} and {_file('svr.sigstore.json')}.\n"
+    )
+
+
+def limits(verdict: Verdict, policy: Policy) -> str:
+    """Where the claim ends."""
+    budget = policy.red_team.budget
+    claim = (
+        f"The claim ends at {figures.cost(budget.limit, budget.unit)} for each attack"
+        if verdict.passed
+        else "Nothing is claimed of this model"
+    )
+    return (
+        "### Limits of the claim\n\n"
+        f"- {claim}, at the precisions {', '.join(policy.precisions)}, under this suite.\n"
+        "- It no longer holds if the weights are changed, fine-tuned, merged, pruned or rounded to "
+        "another format, if an attack is found that the suite does not have, or once it expires.\n"
+        "- Whoever has an undefended ancestor of this model, public or not, needs no attack.\n"
+        "- A higher cost is not a lock: it says nothing on attackers who pay it.\n"
+    )
+
+
+def summary(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
+    """Verdict, claim, figures and every check that did not pass, as short Markdown."""
+    open_checks = [check for check in verdict.checks if check.result is not Result.PASS]
+    passed = len(verdict.checks) - len(open_checks)
+    lines = [
+        f"**{verdict.result.upper()}**: {_plain(verdict.claim or 'nothing is claimed')}",
+        "",
+        *(f"- {_where(each)}: {_multipliers(each)}" for each in verdict.strengths),
+        *(f"- {_kept(each)}" for each in figures.utilities(evidence, policy)),
+        f"- {len(evidence.records)} of {evidence.planned} planned trials ended",
+        f"- {passed} of {len(verdict.checks)} checks passed",
+        *(_check(check) for check in sorted(open_checks, key=_gravity)),
+    ]
+    if verdict.not_tested:
+        lines += ["", "Not tested:", "", *(f"- {_plain(item)}" for item in verdict.not_tested)]
+    return "\n".join(lines) + "\n"
+
+
+def _where(strength: Strength) -> str:
+    return f"{strength.target}@{strength.precision}"
+
+
+def _multipliers(strength: Strength) -> str:
+    sigma = "" if strength.sigma is None else f", sigma {figures.ratio(strength.sigma)}"
+    return f"kappa {figures.ratio(strength.kappa)}{sigma}"
+
+
+def _kept(kept: Utility) -> str:
+    _, before, after, loss, bound, margin, pairs = _utility_row(kept)
+    return (
+        f"retained score at {kept.precision}: {before} to {after}, loss {loss} "
+        f"(95 % bound {bound}, margin {margin}, {pairs} pairs)"
+    )
+
+
+def _check(check: Check) -> str:
+    return f"- {check.result.upper()} {_code(check.name)}: {_plain(check.detail)}"
+
+
+def _gravity(check: Check) -> int:
+    return 0 if check.result is Result.FAIL else 1
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return "Nothing was measured.\n"
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _file(name: str) -> str:
+    return _code(f"{EVIDENCE_FOLDER}/{name}")
+
+
+def _code(content: str) -> str:
+    """Verbatim, in one line that neither ends the code, nor a table's cell, nor a block."""
+    bare = " ".join(content.split()).replace("`", "'").replace("|", "\\|").replace("<!--", "<! --")
+    return f"`{bare}`"
+
+
+def _plain(content: str) -> str:
+    """Text that Markdown and HTML leave as it is."""
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", content).replace("&", "&amp;").replace("<", "&lt;")
