@@ -192,7 +192,8 @@ def klu(logits_NC: Tensor) -> Tensor:
     Source: arXiv 2404.12699. Gradient at the logits: p_i - 1/C.
     """
     num_classes = logits_NC.shape[1]
-    return -(logits_NC.log_softmax(dim=1).mean(dim=1) + math.log(num_classes)).mean()
+    log_p_NC: Tensor = logits_NC.log_softmax(dim=1)
+    return -(log_p_NC.mean(dim=1) + math.log(num_classes)).mean()
 
 
 def probe_explains(features_NF: Tensor, labels_N: Tensor, *, num_classes: int) -> Tensor:
@@ -368,11 +369,13 @@ class _Training:
         batch = next(self.theta.batches(concept.dataset, "immunize", size=size, seed=seed))
         inner, query = _split(batch, options.batch)
         attacker.optimizer.zero_grad(set_to_none=True)
-        attacker.model.loss(inner).backward()
+        attacker.model.loss(inner).backward()  # type: ignore[no-untyped-call]  # as below
         attacker.optimizer.step()
         attacker.age += 1
         suppression = self._suppression(attacker.model, query)
-        found = torch.autograd.grad(suppression, attacker.parameters, allow_unused=True)
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            suppression, attacker.parameters, allow_unused=True
+        )
         return suppression.item(), [
             torch.zeros_like(parameter)
             if gradient is None or self._is_own(attacker, mine)
@@ -390,7 +393,7 @@ class _Training:
         options = self._options
         features_NF, labels_N = model.features(query)
         logits_NC = model.head(features_NF)
-        loss = logits_NC.new_zeros(())
+        loss: Tensor = logits_NC.new_zeros(())
         if options.ice:
             loss = loss + options.ice * ice(logits_NC, labels_N)
         if options.klu:
@@ -418,7 +421,7 @@ class _Training:
             if self._options.distill:
                 loss = loss + self._options.distill * self._distance(batch, logits_NC)
             self._reinforce.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             nn.utils.clip_grad_norm_(self._parameters, 1.0)
             _step(self._reinforce, rate)
         return sum(losses) / max(1, len(losses))

@@ -103,7 +103,7 @@ def test_a_probe_has_nothing_to_explain_with_one_label() -> None:
     features_NF = torch.randn(8, 4, requires_grad=True)
     loss = probe_explains(features_NF, torch.zeros(8, dtype=torch.long), num_classes=3)
     loss.backward()
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert torch.equal(features_NF.grad, torch.zeros(8, 4))
 
 
@@ -190,9 +190,11 @@ def test_immunizing_lowers_the_suppression_loss_an_attacker_meets(
 
 
 def test_a_probe_on_a_vocabulary_is_refused_before_any_training(
-    policy: Policy, model: ModelHandle, tmp_path: Path
+    policy: Policy, lm_folder: Path, text_data: Path, tmp_path: Path
 ) -> None:
-    model = model.copy()
-    model.module.classifier = nn.Linear(model.head.in_features, 5_000)
+    source = pico.pico_policy(tmp_path, text_data, modality={"name": "causal_lm"})
+    model = Modality.build(Policy.load(source).modality).load(str(lm_folder))
+    wide = nn.Linear(model.head.in_features, 1_001)
+    model.module.set_output_embeddings(wide)
     with pytest.raises(ImmunizationError, match="set probe = 0"):
         Stage.build(Spec(name="sophon")).immunize(model, policy, quiet(tmp_path / "w"))
