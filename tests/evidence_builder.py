@@ -93,12 +93,12 @@ def example_policy(*changes: tuple[str, str]) -> Policy:
     return Policy.parse(text.encode(), name="policy.toml")
 
 
-def passing_evidence(policy: Policy, **changes: Any) -> Evidence:
+def passing_evidence(policy: Policy, /, **changes: Any) -> Evidence:
     """The undefended model breaks early, the defended one never; nothing crashed."""
     return evidence(policy, strong(policy), **changes)
 
 
-def refused_evidence(policy: Policy, **changes: Any) -> Evidence:
+def refused_evidence(policy: Policy, /, **changes: Any) -> Evidence:
     """The defended model breaks at a quarter of the budget under the first attack, every time."""
     return evidence(policy, weak(policy), **changes)
 
@@ -127,7 +127,7 @@ def weak(policy: Policy) -> Btb:
     return btb
 
 
-def evidence(policy: Policy, btb: Btb, **changes: Any) -> Evidence:
+def evidence(policy: Policy, btb: Btb, /, **changes: Any) -> Evidence:
     """Everything a red team would hand in, if each trial breached at `btb`."""
     records = tuple(_records(policy, btb))
     return Evidence.model_validate(
