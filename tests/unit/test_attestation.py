@@ -1,0 +1,242 @@
+import hashlib
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evidence_builder import example_policy, passing_evidence, refused_evidence
+from goldens import same_as_golden
+from judged import about, fixed_key, judge, write
+
+from release_guard.attestation import (
+    EVIDENCE_FILE,
+    POLICY_FILE,
+    PREDICATE_TYPES,
+    attest,
+    bundle_name,
+    read_claims,
+    statements,
+    subjects,
+)
+from release_guard.errors import IntegrityError
+from release_guard.evidence import Evidence
+from release_guard.gate import gate
+from release_guard.manifest import FileEntry, Manifest
+from release_guard.policy import Policy
+from release_guard.release import Candidate, Check, Interval, Result, Strength, Verdict
+from release_guard.signers.key import Key
+
+PAYLOAD = Manifest.of(
+    [FileEntry("config.json", "11" * 32, 3), FileEntry("model.safetensors", "22" * 32, 4)]
+)
+DIGESTS = {entry.name: entry.digest for entry in PAYLOAD.entries}
+VERDICT = Verdict(
+    checks=(
+        Check("resists/finetune/footwear@fp32", Result.PASS, "reached .050 within 400 steps"),
+        Check("resists/lora/footwear@fp32", Result.PASS, "reached .050 within 400 steps"),
+        Check("retains/retained@fp32", Result.PASS, "loses 0.30%"),
+    ),
+    strengths=(
+        Strength(
+            "footwear", "fp32", Interval(15.4, 15.4, None, censored=True), Interval(1, 1, 2), None
+        ),
+    ),
+    claim="no breach found within 400 steps",
+    not_tested=("merging with another model",),
+)
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Key:
+    return fixed_key(tmp_path / "keys")
+
+
+def small_policy() -> Policy:
+    return example_policy(
+        ('  { name = "finetune", lr = 0.001, optimizer = "adam" },\n', ""),
+        ('  { name = "linear_probe" },\n', ""),
+    )
+
+
+def of(evidence: Evidence) -> Evidence:
+    return about(evidence.model_copy(update={"immunized": PAYLOAD.root}), PAYLOAD.root)
+
+
+def predicates(
+    evidence: Evidence, policy: Policy, verdict: Verdict | None = None
+) -> dict[str, dict[str, Any]]:
+    judged = verdict or gate(evidence, policy)
+    candidate = Candidate(Path("unused"), judged, PAYLOAD)
+    sources = statements(candidate, policy, evidence)
+    return {kind: json.loads(source)["predicate"] for kind, source in sources.items()}
+
+
+def test_statements_are_byte_for_byte_the_golden_ones() -> None:
+    policy = small_policy()
+    evidence = of(passing_evidence(policy))
+    made = statements(Candidate(Path("unused"), VERDICT, PAYLOAD), policy, evidence)
+    assert list(made) == list(PREDICATE_TYPES)
+    for kind, source in made.items():
+        same_as_golden(f"{kind}_statement.json", source)
+
+
+def test_the_same_run_gives_the_same_bytes_in_any_order_of_records() -> None:
+    policy = small_policy()
+    evidence = of(passing_evidence(policy))
+    turned = evidence.model_copy(update={"records": evidence.records[::-1]})
+    candidate = Candidate(Path("unused"), VERDICT, PAYLOAD)
+    assert statements(candidate, policy, evidence) == statements(candidate, policy, turned)
+
+
+def test_subjects_are_the_payload_root_and_every_payload_file() -> None:
+    more = {"README.md": "33" * 32, ".release-guard/x": "44" * 32, "model.sig": "55" * 32}
+    made = subjects(DIGESTS | more)
+    assert [(subject.name, subject.digest) for subject in made] == [
+        ("model", PAYLOAD.root),
+        ("config.json", "11" * 32),
+        ("model.safetensors", "22" * 32),
+    ]
+
+
+def test_a_pass_says_what_was_shown_and_until_when() -> None:
+    policy = example_policy()
+    found = predicates(of(passing_evidence(policy)), policy)
+    resistance, result, svr = found["resistance"], found["test-result"], found["svr"]
+    assert (resistance["verdict"], result["result"]) == ("PASS", "PASSED")
+    assert result["failedTests"] == result["warnedTests"] == []
+    assert "resists/lora/footwear@fp32" in result["passedTests"]
+    assert svr["properties"] == [
+        f"RELEASE_GUARD_NO_BREACH_{name}_400_STEPS_SUITE_1_0"
+        for name in ("FINETUNE", "LINEAR_PROBE", "LORA")
+    ]
+    assert resistance["finishedAt"] == svr["timeCreated"] == "2026-01-02T04:05:06Z"
+    assert resistance["validUntil"] == "2026-07-01T04:05:06Z"
+    assert resistance["breachedBeyondBudget"] == resistance["voided"] == []
+    assert resistance["notTested"]
+    assert all(control["breachedU"] for control in resistance["controls"])
+    arms = {each["arm"]: each for each in resistance["breach"]}
+    assert arms["defended"]["censoredAt"] >= 400
+    assert arms["undefended"]["lower"] <= arms["undefended"]["estimate"]
+    assert {attack["status"] for attack in resistance["attacks"]} == {"run"}
+
+
+def test_files_are_named_with_the_digest_of_their_exact_bytes() -> None:
+    policy = example_policy()
+    evidence = of(passing_evidence(policy))
+    resistance = predicates(evidence, policy)["resistance"]
+    for field, name, content in (
+        ("policy", POLICY_FILE, policy.source),
+        ("report", EVIDENCE_FILE, evidence.to_jsonl()),
+    ):
+        digest = hashlib.sha256(content).hexdigest()
+        assert resistance[field] == {"name": name, "digest": {"sha256": digest}}
+
+
+def test_sources_are_named_as_the_publisher_wrote_them(tmp_path: Path) -> None:
+    policy = Policy.parse(example_policy().source, name="p", directory=tmp_path)
+    assert str(tmp_path) in policy.retain.dataset
+    assert str(tmp_path) not in json.dumps(predicates(of(passing_evidence(policy)), policy))
+
+
+def test_valid_days_are_those_of_the_policy() -> None:
+    policy = example_policy(("kappa = 5.0", "kappa = 5.0\nvalid_days = 30"))
+    found = predicates(of(passing_evidence(policy)), policy)
+    assert found["resistance"]["validUntil"] == "2026-02-01T04:05:06Z"
+
+
+def test_times_elsewhere_are_written_in_utc() -> None:
+    policy = example_policy()
+    evidence = of(passing_evidence(policy, finished_at="2026-01-02T04:05:06.789+02:00"))
+    assert predicates(evidence, policy)["resistance"]["finishedAt"] == "2026-01-02T02:05:06Z"
+
+
+def test_a_refusal_earns_no_property() -> None:
+    policy = example_policy()
+    found = predicates(of(refused_evidence(policy)), policy)
+    assert (found["resistance"]["verdict"], found["test-result"]["result"]) == ("FAIL", "FAILED")
+    assert "resists/finetune/footwear@fp32" in found["test-result"]["failedTests"]
+    assert found["svr"]["properties"] == []
+
+
+def test_inconclusive_is_failed_and_never_warned() -> None:
+    policy = example_policy()
+    evidence = of(passing_evidence(policy)).model_copy(update={"planned": 10_000})
+    found = predicates(evidence, policy)
+    assert found["resistance"]["verdict"] == "INCONCLUSIVE"
+    assert found["test-result"]["result"] == "FAILED"
+    assert found["test-result"]["warnedTests"] == []
+    assert found["svr"]["properties"] == []
+
+
+def test_a_void_family_is_named() -> None:
+    policy = example_policy()
+    evidence = of(passing_evidence(policy))
+    kept = tuple(
+        record
+        for record in evidence.records
+        if (record.trial.attack.name, record.trial.split) != ("linear_probe", "confirm")
+    )
+    void = evidence.model_copy(update={"records": kept, "planned": len(kept)})
+    resistance = predicates(void, policy)["resistance"]
+    assert resistance["voided"] == ["linear_probe"]
+    status = {attack["name"]: attack["status"] for attack in resistance["attacks"]}
+    assert status["linear_probe"] == "void"
+    assert status["lora(rank=8)"] == "run"
+
+
+def test_an_attack_that_was_not_run_is_said_not_to_have_been() -> None:
+    policy = example_policy()
+    evidence = of(passing_evidence(policy))
+    kept = tuple(item for item in evidence.records if item.trial.attack.name != "lora")
+    found = predicates(evidence.model_copy(update={"records": kept}), policy)
+    status = {attack["family"]: attack["status"] for attack in found["resistance"]["attacks"]}
+    assert status["lora"] == "notRun"
+
+
+def test_attesting_writes_three_bundles_and_nothing_else(tmp_path: Path, key: Key) -> None:
+    judged = judge(tmp_path / "model", key)
+    before = {path for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    attested = attest(judged.candidate, judged.policy, judged.evidence, key)
+    after = {path for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    names = {bundle_name(kind) for kind in PREDICATE_TYPES}
+    assert {path.relative_to(tmp_path / "model").as_posix() for path in after - before} == names
+    read = {
+        kind: key.verify((tmp_path / "model" / bundle_name(kind)).read_bytes())
+        for kind in PREDICATE_TYPES
+    }
+    expected = subjects({entry.name: entry.digest for entry in attested.payload.entries})
+    claims = read_claims(read, expected)
+    assert claims.result is Result.PASS
+    assert claims.policy == judged.policy.digest
+    assert claims.valid_until == datetime.fromisoformat("2026-07-01T04:05:06+00:00")
+    assert claims.lacking(judged.policy) == ()
+    stricter = example_policy(("kappa = 5.0", 'mandatory = ["merge"]\nkappa = 5.0'))
+    assert claims.lacking(stricter) == ("RELEASE_GUARD_NO_BREACH_MERGE_400_STEPS_SUITE_1_0",)
+
+
+@pytest.mark.parametrize("result", [Result.FAIL, Result.INCONCLUSIVE])
+def test_what_did_not_pass_is_never_attested(tmp_path: Path, key: Key, result: Result) -> None:
+    judged = judge(tmp_path / "model", key)
+    verdict = Verdict((Check("resists/lora/footwear@fp32", result, "x"),))
+    candidate = Candidate(tmp_path / "model", verdict, judged.candidate.payload)
+    with pytest.raises(IntegrityError, match="only a model that passed"):
+        attest(candidate, judged.policy, judged.evidence, key)
+    assert not (tmp_path / "model" / bundle_name("svr")).exists()
+
+
+@pytest.mark.parametrize("name", [POLICY_FILE, EVIDENCE_FILE])
+def test_a_folder_of_another_run_is_not_attested(tmp_path: Path, key: Key, name: str) -> None:
+    judged = judge(tmp_path / "model", key)
+    write(tmp_path / "model", name, b"seed = 2\n")
+    with pytest.raises(IntegrityError, match="not what was judged"):
+        attest(judged.candidate, judged.policy, judged.evidence, key)
+
+
+def test_evidence_of_other_weights_or_another_policy_is_not_attested() -> None:
+    policy = example_policy()
+    evidence = of(passing_evidence(policy))
+    for field in ("immunized", "policy"):
+        other = evidence.model_copy(update={field: "ab" * 32})
+        with pytest.raises(IntegrityError, match="another policy or other weights"):
+            statements(Candidate(Path("unused"), VERDICT, PAYLOAD), policy, other)
