@@ -1,4 +1,4 @@
-"""Fine-tuning mechanics: attacks run them, stages simulate attackers with them. Nothing is scored.
+"""Fine-tuning mechanics, counted and seeded. Nothing is scored here.
 
 A step is one batch and one update of the weights.
 """
@@ -96,39 +96,6 @@ def adapt(
     learner.stop()
     if meter.unshown:
         yield meter.shown()
-
-
-def first_order_gradients(
-    learner: "Learner",
-    lessons: Iterable[tuple[Batch, Batch]],
-    upper_loss: Callable[[ModelHandle, Batch], Tensor],
-) -> tuple[Tensor, ...]:
-    """First-order MAML: the upper loss's gradient, averaged over all lower steps.
-
-    Each lesson is one lower step on its first batch; the gradient on its second batch is taken at
-    the weights after that step. Sums gradients, never graphs, so memory does not grow with steps.
-
-    Args:
-        learner: A simulated attacker on a copy; its weights are changed.
-        lessons: Disjoint batches for the lower and the upper level, one pair a lower step.
-        upper_loss: A scalar.
-
-    Returns:
-        A gradient for each of `learner.parameters`; zero where the upper loss does not reach.
-    """
-    sums = [torch.zeros_like(parameter) for parameter in learner.parameters]
-    learner.start()
-    steps = 0
-    for lower, upper in lessons:
-        learner.step(lower, progress=0.0)
-        loss = upper_loss(learner.model, upper)
-        gradients = torch.autograd.grad(loss, learner.parameters, allow_unused=True)
-        for total, gradient in zip(sums, gradients, strict=True):
-            if gradient is not None:
-                total.add_(gradient)
-        steps += 1
-    learner.stop()
-    return tuple(total / steps for total in sums)
 
 
 def select(model: ModelHandle, scope: Scope, *, last_k: int = 1) -> int:

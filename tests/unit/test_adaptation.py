@@ -12,7 +12,6 @@ from release_guard.adaptation import (
     Learner,
     Recipe,
     adapt,
-    first_order_gradients,
     make_optimizer,
     scheduled_lr,
     select,
@@ -257,14 +256,3 @@ def test_dropout_depends_on_the_seed_alone(classifier, image_data):
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
-
-
-def test_first_order_gradients_are_averaged_over_all_lower_steps(slope):
-    start = slope.head.bias.detach().clone()
-    slope.loss = lambda _: slope.head.bias.square().sum() / 2  # a step takes a tenth away
-    lessons = itertools.islice(zip(batches(), batches(), strict=False), 3)
-    (gradient,) = first_order_gradients(
-        Learner(slope, SGD), lessons, lambda model, _: model.head.bias.square().sum() / 2
-    )
-    torch.testing.assert_close(gradient, start * (0.9 + 0.9**2 + 0.9**3) / 3)
-    torch.testing.assert_close(slope.head.bias.detach(), start * 0.9**3)
