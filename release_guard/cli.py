@@ -5,6 +5,7 @@ wait for torch.
 """
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -53,12 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ReleaseGuardError as error:
         return terminal.fail(str(error).splitlines(), error.exit_code)
     except click.Abort:
-        return terminal.fail([_interrupted(terminal)], _INTERRUPTED)
+        return terminal.stop(_interrupted(terminal), _INTERRUPTED)
     except click.ClickException as error:
-        if terminal.as_json:
-            return terminal.fail([error.format_message()], error.exit_code)
-        error.show()
-        return error.exit_code
+        return _misused(error, terminal, sys.argv[1:] if arguments is None else arguments)
     except Exception as error:
         return _unexpected(error, terminal)
     finally:
@@ -210,7 +208,7 @@ def attack(
     from release_guard.publish import Order, assess  # noqa: PLC0415
 
     order = Order(source, source, policy, base, as_is=True)
-    assessed = assess(order, output or _runs(source), _session(terminal, workers))
+    assessed = assess(order, output or _runs(source, "attack-"), _session(terminal, workers))
     for line in outcome.verdict_lines(assessed.verdict, policy):
         terminal.say(line)
     document = outcome.verdict_document(assessed.verdict, assessed.evidence)
@@ -465,9 +463,10 @@ def _surroundings() -> dict[str, str]:
     }
 
 
-def _runs(name: str) -> Path:
+def _runs(name: str, prefix: str = "") -> Path:
     """`runs/NAME`: where a run lies unless somebody says otherwise."""
-    return Path("runs") / (Path(name.partition("@")[0]).name or Path(name).resolve().name)
+    last = Path(name.partition("@")[0]).name or Path(name).resolve().name
+    return Path("runs") / f"{prefix}{last}"
 
 
 def _digest(path: Path) -> str:
@@ -494,6 +493,18 @@ def _tree(target: str) -> "Tree":
     head = Path(folder)
     hub = Hub.build(Spec(name="directory", path=str(head.parent.parent)))
     return hub.tree(f"{head.parent.name}/{head.name}", revision)
+
+
+def _misused(error: click.ClickException, terminal: Terminal, arguments: Sequence[str]) -> int:
+    """A wrong command line: click's own words, in JSON only if that was asked for."""
+    if "--json" not in arguments:
+        error.show()
+        return error.exit_code
+    terminal.as_json = True
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        terminal.command = context.command_path.removeprefix(f"{PROGRAM} ")
+    return terminal.fail([error.format_message()], error.exit_code)
 
 
 def _interrupted(terminal: Terminal) -> str:

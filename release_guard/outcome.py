@@ -132,13 +132,13 @@ def pushed_document(receipt: Receipt | None) -> Mapping[str, Any]:
 
 
 def _reasons(verdict: Verdict) -> Iterator[str]:
-    order = {Result.FAIL: 0, Result.INCONCLUSIVE: 1}
+    """What failed; only if nothing did, what is open: a red team stops at the first breach."""
     bad = [check for check in verdict.checks if check.result is not Result.PASS]
-    bad.sort(key=lambda check: order[check.result])
-    for check in bad[:_MOST_CHECKS]:
-        yield f"  {check.result.name} {check.name}: {check.detail}"
-    if len(bad) > _MOST_CHECKS:
-        yield f"  and {len(bad) - _MOST_CHECKS} more checks, see the report"
+    failed = [check for check in bad if check.result is Result.FAIL]
+    shown = (failed or bad)[:_MOST_CHECKS]
+    yield from (f"  {check.name}: {check.detail}" for check in shown)
+    if len(bad) > len(shown):
+        yield f"  ({len(bad) - len(shown)} more checks did not pass, see the report)"
     if not verdict.checks:
         yield "  there is no evidence at all"
 

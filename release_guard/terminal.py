@@ -67,6 +67,14 @@ class Terminal:
             self._print_document({"exit_code": exit_code, "errors": list(lines)})
         return exit_code
 
+    def stop(self, line: str, exit_code: int) -> int:
+        """Say that somebody ended it, which is no error, and give the exit code back."""
+        self.close()
+        self._to_stderr(line)
+        if self.as_json:
+            self._print_document({"exit_code": exit_code, "errors": [line]})
+        return exit_code
+
     def progress(self, phase: str, done: int, total: int, line: str) -> None:
         """Told about every step of a run; a `Progress` of the red team."""
         if total == 0:
