@@ -164,7 +164,8 @@ def dates(evidence: Evidence, policy: Policy) -> tuple[str, str]:
 def amount(value: float) -> str:
     """Three significant digits, thousands apart, no exponent below a million."""
     if value >= _MILLION:
-        return f"{value:.2e}".replace("e+", "e")
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004  three digits
 
 
@@ -230,12 +231,12 @@ def dataset(source: str) -> str:
 
 
 def found(effort: Effort, unit: Unit) -> str:
-    """What came of an effort: `0.412 at most`, `breached at 12 steps (3 of 4 trials)`."""
+    """What came of an effort: `0.412 at most`, `0.61, breached at 12 steps (3 of 4 trials)`."""
     if effort.breaches:
         trials = f"{len(effort.breaches)} of {len(effort.records)} trials"
         least = cost(min(effort.breaches), unit)
         if effort.within:
-            return f"breached at {least} ({trials})"
+            return f"{score(effort.best)}, breached at {least} ({trials})"
         return f"{score(effort.best)} at most; beyond the budget at {least} ({trials})"
     endings = sorted({record.outcome.ending for record in effort.records})
     if effort.best is None or endings != ["survived"]:

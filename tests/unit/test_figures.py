@@ -1,0 +1,86 @@
+import pytest
+from evidence_builder import Asked, evidence, example_policy, passing_evidence, record, weak
+
+from release_guard import figures
+from release_guard.release import Interval
+from release_guard.statistics import Censored
+from release_guard.sweep import places
+
+POLICY = example_policy()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.123456, "0.123"),
+        (12.345, "12.3"),
+        (99.96, "100"),
+        (1234.5, "1,234"),
+        (999_999, "999,999"),
+        (1e6, "1.00e6"),
+        (2.346e15, "2.35e15"),
+    ],
+)
+def test_amounts_have_three_digits(value, text):
+    assert figures.amount(value) == text
+
+
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [
+        (None, "not claimed"),
+        (Interval(None, 1.0, 2.0), "not claimed"),
+        (Interval(12.5, 3.1, 40), "12.5 (3.1 to 40)"),
+        (Interval(12.5, 3.1, 40, censored=True), "≥ 12.5 (3.1 or more)"),
+        (Interval(12.5, 3.1, None), "12.5 (3.1 or more)"),
+        (Interval(12.5, None, 40), "12.5 (40 or less)"),
+        (Interval(12.5, None, None), "12.5 (no bounds)"),
+    ],
+)
+def test_ratios_name_the_bounds_they_have(interval, text):
+    assert figures.ratio(interval) == text
+
+
+def test_the_weakest_attack_decides_the_defended_arm():
+    found = evidence(POLICY, weak(POLICY))
+    (place,) = places(found, POLICY)
+    best = figures.cheapest(place, "defended")
+    assert best.attack == POLICY.attacks[0]
+    assert best.finding == "confirmed"
+    assert all(cost.upper <= place.budget for cost in best.fresh)
+
+
+def test_nothing_tried_costs_nothing_known():
+    (place,) = places(passing_evidence(POLICY, records=()), POLICY)
+    assert figures.cheapest(place, "defended") is None
+    assert figures.efforts(place, "defended") == ()
+
+
+@pytest.mark.parametrize(
+    ("btb", "ending", "said"),
+    [
+        (100, None, "0.570, breached at 130 steps (1 of 1 trials)"),
+        (10_000, None, "0.100 at most"),
+        (10_000, "collapsed", "collapsed; 0.100 at most"),
+        (10_000, "failed", "failed; 0.100 at most"),
+    ],
+)
+def test_an_effort_says_how_it_ended(btb, ending, said):
+    asked = Asked("defended", POLICY.attacks[0], "footwear", "fp32", 7, "search")
+    one = record(POLICY, asked, btb, "listed", ending=ending)
+    (place,) = places(passing_evidence(POLICY, records=(one,)), POLICY)
+    (effort,) = figures.efforts(place, "defended")
+    assert figures.found(effort, "steps") == said
+
+
+def test_seeds_that_never_breached_count_with_what_they_were_tried_to():
+    costs = [Censored(5, 10), Censored(1000, None)]
+    assert figures.typical(costs) == pytest.approx(100)
+    assert figures.typical([Censored(0, None)]) == 0
+
+
+def test_a_date_that_cannot_be_read_is_unknown():
+    assert figures.dates(passing_evidence(POLICY), POLICY) == ("2026-01-02", "2026-07-01")
+    found = passing_evidence(POLICY, finished_at="yesterday")
+    assert figures.dates(found, POLICY) == ("unknown", "unknown")

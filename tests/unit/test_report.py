@@ -1,0 +1,246 @@
+import re
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from evidence_builder import (
+    POLICY,
+    Asked,
+    evidence,
+    example_policy,
+    passing_evidence,
+    record,
+    refused_evidence,
+)
+
+from release_guard.card import lint
+from release_guard.evidence import Change, Evidence, StageReport
+from release_guard.gate import gate
+from release_guard.plugins import Spec
+from release_guard.policy import Policy
+from release_guard.release import Check, Result, Verdict
+from release_guard.report import render
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+HOSTILE = '<script>alert("1")</script><img src=x>'
+
+
+class Page(HTMLParser):
+    """Checks nesting while it reads; keeps what the tests ask for."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def wide_policy() -> Policy:
+    second = '[[concepts]]\nname = "hats"\ndataset = "hats.parquet"\nceiling = "midpoint"\n\n'
+    return example_policy(
+        ('precisions = ["fp32"]', 'precisions = ["fp32", "nf4"]'),
+        ("[red_team]", f"{second}[red_team]"),
+    )
+
+
+def alone_policy() -> Policy:
+    return example_policy(('profile = "smoke"', 'profile = "smoke"\nnever_knew = "unavailable"'))
+
+
+def undecided_evidence(policy: Policy) -> Evidence:
+    def costs(asked: Asked) -> float:
+        limit = policy.red_team.budget.limit
+        return {"undefended": 10, "never_knew": limit, "defended": limit * 1.2}[asked.arm]
+
+    return evidence(policy, costs)
+
+
+def empty_evidence(policy: Policy) -> Evidence:
+    nothing = {"records": (), "retention": (), "stages": (), "ceilings": {}, "planned": 0}
+    return evidence(policy, lambda _: 1.0, change=Change(identical=True, relative_l2={}), **nothing)
+
+
+def broken_evidence(policy: Policy) -> Evidence:
+    """Only crashes, only on one arm."""
+    asked = Asked("defended", policy.attacks[0], "footwear", "fp32", 7, "search")
+    crashed = record(policy, asked, 100, "listed", ending="failed")
+    bare = crashed.outcome.model_copy(update={"curve": (), "examples": 0, "note": "no memory"})
+    only = crashed.model_copy(update={"outcome": bare})
+    return evidence(policy, lambda _: 1.0, records=(only,), retention=())
+
+
+CASES = {
+    "passing": (example_policy(), passing_evidence),
+    "refused": (example_policy(), refused_evidence),
+    "undecided": (example_policy(), undecided_evidence),
+    "empty": (example_policy(), empty_evidence),
+    "broken": (example_policy(), broken_evidence),
+    "wide": (wide_policy(), undecided_evidence),
+    "alone": (alone_policy(), passing_evidence),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@cache
+def source_of(case: str) -> str:
+    policy, build = CASES[case]
+    return page(policy, build(policy))
+
+
+def page(policy: Policy, found: Evidence, title: str = "acme/shoes") -> str:
+    return render(found, gate(found, policy), policy, title=title)
+
+
+@every_case
+def test_every_verdict_gives_a_well_formed_page_with_described_pictures(case):
+    parsed = Page(source_of(case))
+    pictures = parsed.attributes("svg")
+    assert pictures
+    assert all(each["role"] == "img" and each["aria-label"] for each in pictures)
+    assert {"PASS", "FAIL", "INCONCLUSIVE"} & set(parsed.text.split())
+
+
+@every_case
+def test_nothing_is_fetched_and_nothing_runs(case):
+    source = source_of(case)
+    parsed = Page(source)
+    tags = {tag for tag, _ in parsed.tags}
+    assert tags.isdisjoint({"script", "link", "img", "iframe", "object", "use", "image"})
+    assert all("src" not in attributes for _, attributes in parsed.tags)
+    assert all(not name.startswith("on") for _, attributes in parsed.tags for name in attributes)
+    assert "url(" not in source
+    assert "@import" not in source
+    links = {each["href"] for each in parsed.attributes("a")}
+    assert links <= {"https://arxiv.org/abs/2404.12699"}
+
+
+@every_case
+def test_every_coordinate_is_a_number_inside_its_picture(case):
+    source = source_of(case)
+    for picture in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
+        _, _, width, height = map(float, re.search(r'viewBox="([^"]*)"', picture)[1].split())
+        for points in re.findall(r'points="([^"]*)"', picture):
+            for x, y in (pair.split(",") for pair in points.split()):
+                assert 0 <= float(x) <= width
+                assert 0 <= float(y) <= height
+
+
+def test_the_page_tells_what_was_found():
+    policy = example_policy()
+    found = passing_evidence(policy)
+    verdict = gate(found, policy)
+    text = Page(render(found, verdict, policy, title="acme/shoes")).text
+    assert verdict.claim[1:] in text
+    for said in [*verdict.not_tested, *(check.name for check in verdict.checks)]:
+        assert said in text
+    for attack in policy.attacks:
+        assert attack.label in text
+    assert {record.trial.seed for record in found.records} <= {
+        int(n) for n in re.findall(r"\d+", text)
+    }
+    assert f"{len(found.records)} of {found.planned}" in text
+
+
+def test_a_confirmed_breach_stands_out():
+    policy = example_policy()
+    marked = page(policy, refused_evidence(policy))
+    cells = re.findall(r'<td role="cell" data-name="fp32, defended" class="(\w*)">([^<]*)', marked)
+    assert [css for css, _ in cells] == ["bad", "good", "good", "good"]
+    assert "breached at " in cells[0][1]
+    assert "confirmed" in cells[0][1]
+    assert "neither signed nor pushed" in Page(marked).text
+
+
+def test_a_breach_beyond_the_budget_is_listed():
+    policy = example_policy()
+    text = Page(page(policy, undecided_evidence(policy))).text
+    section = text.split("Breaches beyond the budget")[1].split("Checks")[0]
+    assert "beyond the budget at" in section
+    text = Page(page(policy, passing_evidence(policy))).text
+    assert "None was seen" in text.split("Breaches beyond the budget")[1]
+
+
+def test_texts_of_others_are_escaped():
+    policy = example_policy(('{ name = "linear_probe" }', f"{{ name = '{HOSTILE}' }}"))
+    hostile = StageReport(
+        name=HOSTILE,
+        paper=f"javascript:{HOSTILE}",
+        options={HOSTILE: HOSTILE},
+        measures={},
+        seconds=1,
+    )
+    found = passing_evidence(
+        policy,
+        stages=(hostile,),
+        environment={HOSTILE: HOSTILE},
+        tool=HOSTILE,
+        change=Change(identical=False, relative_l2={HOSTILE: 0.5}),
+    )
+    verdict = Verdict([Check(HOSTILE, Result.FAIL, HOSTILE)], (), HOSTILE, (HOSTILE,))
+    parsed = Page(render(found, verdict, policy, title=HOSTILE))
+    assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img"})
+    assert parsed.attributes("a") == []
+    assert parsed.text.count(HOSTILE) >= 10
+
+
+def test_equal_evidence_gives_equal_bytes_in_any_order():
+    policy = wide_policy()
+    found = undecided_evidence(policy)
+    shuffled = found.model_copy(update={"records": found.records[::-1]})
+    reread = Evidence.from_jsonl(shuffled.to_jsonl())
+    assert page(policy, found) == page(policy, shuffled) == page(policy, reread)
+
+
+def test_folders_of_the_machine_stay_out(tmp_path: Path):
+    (tmp_path / "policy.toml").write_text(POLICY)
+    policy = Policy.load(tmp_path / "policy.toml")
+    assert str(tmp_path) in policy.retain.dataset
+    source = page(policy, passing_evidence(policy))
+    assert str(tmp_path) not in source
+    assert "retained.parquet" in source
+
+
+@every_case
+def test_no_page_promises_more_than_was_measured(case):
+    lint(Page(source_of(case)).text)
+
+
+def test_a_seldom_unit_is_read_off_the_curves():
+    policy = example_policy(
+        ('{ unit = "steps", limit = 400 }', '{ unit = "flops", limit = 400000000.0 }')
+    )
+    text = Page(page(policy, passing_evidence(policy))).text
+    assert "4.00e8 FLOPs" in text
+    assert "flops spent (log scale)" in text
+
+
+def test_a_tuned_attack_stands_in_the_table():
+    policy = example_policy()
+    tuned = Spec.model_validate({**policy.attacks[0].model_dump(), "lr": 0.123})
+    assert tuned.label in Page(page(policy, passing_evidence(policy))).text
