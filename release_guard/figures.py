@@ -110,6 +110,13 @@ def cheapest(place: Place, arm: Arm) -> Effort | None:
     return None if best is None else _effort(best)
 
 
+def ending(record: Record, ceiling: float) -> Ending:
+    """How a trial ended; one that ran on to its budget above the ceiling did breach."""
+    if _cost(record, ceiling).upper is not None:
+        return "breached"
+    return record.outcome.ending
+
+
 def beyond_budget(evidence: Evidence, policy: Policy) -> tuple[tuple[Place, Effort], ...]:
     """Attacks that breached the defended model, but only after spending more than the budget."""
     return tuple(
@@ -187,7 +194,7 @@ def percent(share: float) -> str:
 
 def points(share: float) -> str:
     """A difference of scores in percentage points."""
-    return f"{100 * share:.2f} points"
+    return f"{round(100 * share, 2) + 0.0:.2f} points"  # + 0.0: no minus before a zero
 
 
 def ratio(interval: Interval | None) -> str:

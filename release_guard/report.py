@@ -58,10 +58,11 @@ def _meaning(verdict: Verdict, policy: Policy) -> str:
     budget = policy.red_team.budget
     names = ", ".join(target.name for target in policy.targets)
     attacks = _count(len(policy.attacks), "attack")
+    spent = figures.cost(budget.limit, budget.unit)
     tried = (
         "Anyone who downloads a model holds its weights and can train it further. So did a red "
-        f"team here: with {attacks}, each for up to {figures.cost(budget.limit, budget.unit)}, it "
-        f"tried to teach the model what the policy restricts ({names}). "
+        f"team here, with up to {attacks}, each for up to {spent}: it tried to teach the "
+        f"model what the policy restricts ({names}). "
     )
     open_checks = sum(check.result is not Result.PASS for check in verdict.checks)
     judged = f"{open_checks} of {_count(len(verdict.checks), 'check')}"
@@ -72,8 +73,9 @@ def _meaning(verdict: Verdict, policy: Policy) -> str:
             "price, not a lock: more budget, other data or other attacks may still succeed."
         ),
         Result.FAIL: (
-            f"The policy's demands are not met: {judged} did not pass. A model with this verdict "
-            "is neither signed nor pushed."
+            f"The policy's demands are not met: {judged} did not pass. The first confirmed breach "
+            "ends a run, so later attacks may not have been tried. A model with this verdict is "
+            "neither signed nor pushed."
         ),
         Result.INCONCLUSIVE: (
             f"The evidence does not suffice to judge: {judged} stayed open. That is no pass; a "
@@ -199,7 +201,8 @@ def _costs(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
     pictures = []
     for place in _seen(evidence, policy):
         pictures.append(_cost_picture(place))
-        if (strength := strengths.get((place.target, place.precision))) is not None:
+        strength = strengths.get((place.target, place.precision))
+        if strength is not None and any(row.value for row in _ratio_rows(strength)):
             pictures.append(_ratio_picture(strength, policy))
     if not pictures:
         return page.section(title, "No trial was run.")
@@ -363,7 +366,11 @@ def _ledger(evidence: Evidence) -> str:
     )
     content = []
     for arm in ARMS:
-        endings = [r.outcome.ending for r in evidence.records if r.trial.arm == arm]
+        endings = [
+            figures.ending(record, evidence.ceilings.get(record.trial.target, 0.0))
+            for record in evidence.records
+            if record.trial.arm == arm
+        ]
         counts = [(ending, endings.count(ending)) for ending in ENDINGS]
         note = ", ".join(f"{count} {ending}" for ending, count in counts if count)
         content.append(Stack(ARM_NAMES[arm], note or "no trial", counts))

@@ -100,7 +100,7 @@ def confirmations(evidence: Evidence, policy: Policy) -> str:
             place.name,
             str(record.trial.seed),
             _ORIGIN_NAMES[record.origin],
-            record.outcome.ending,
+            figures.ending(record, place.ceiling),
             figures.between(cost, unit),
             figures.score(max((point.score for point in record.outcome.curve), default=None)),
         )
@@ -127,7 +127,7 @@ def ledger(evidence: Evidence) -> str:
     for arm in ARMS:
         for origin in ORIGINS:
             outcomes = [
-                record.outcome.ending
+                figures.ending(record, evidence.ceilings.get(record.trial.target, 0.0))
                 for record in evidence.records
                 if (record.trial.arm, record.origin) == (arm, origin)
             ]

@@ -2,11 +2,12 @@ import re
 from pathlib import Path
 
 import pytest
-from evidence_builder import example_policy, passing_evidence, refused_evidence
+from evidence_builder import Asked, example_policy, passing_evidence, record, refused_evidence
 
 from release_guard.blocks import summary
 from release_guard.card import FORBIDDEN, Publication, card, lint
 from release_guard.errors import ModelError, PolicyError
+from release_guard.evidence import Evidence
 from release_guard.gate import gate
 from release_guard.release import Check, Interval, Result, Strength, Verdict
 from release_guard.report import render
@@ -39,9 +40,21 @@ REFUSED = Verdict([Check("kappa/footwear@fp32", Result.FAIL, "2, not 5")], (), "
 BEGIN, END = "<!-- release-guard:begin facts -->", "<!-- release-guard:end facts -->"
 
 
+def few_trials() -> Evidence:
+    """One attack on both models, so that goldens depend on little."""
+    lora = POLICY.attacks[2]
+    undefended = Asked("undefended", lora, "footwear", "fp32", 7, "search")
+    defended = Asked("defended", lora, "footwear", "fp32", 7, "search")
+    records = (
+        record(POLICY, undefended, 20, "listed", long=True),
+        record(POLICY, defended, 10_000, "listed"),
+    )
+    return passing_evidence(POLICY, policy="ab" * 32, records=records, planned=2)
+
+
 def made(existing: str | None = None, verdict: Verdict = PASSED, **changes: str) -> str:
     publication = Publication(**{**vars(PUBLICATION), **changes})
-    return card(existing, passing_evidence(POLICY), verdict, POLICY, publication)
+    return card(existing, few_trials(), verdict, POLICY, publication)
 
 
 @pytest.mark.parametrize(

@@ -84,3 +84,16 @@ def test_a_date_that_cannot_be_read_is_unknown():
     assert figures.dates(passing_evidence(POLICY), POLICY) == ("2026-01-02", "2026-07-01")
     found = passing_evidence(POLICY, finished_at="yesterday")
     assert figures.dates(found, POLICY) == ("unknown", "unknown")
+
+
+def test_a_trial_that_ran_on_above_the_ceiling_counts_as_breached():
+    asked = Asked("defended", POLICY.attacks[0], "footwear", "fp32", 7, "confirm")
+    ran_on = record(POLICY, asked, 100, "confirming", stops=False, ending="survived")
+    assert figures.ending(ran_on, 0.5) == "breached"
+    held = record(POLICY, asked, 10_000, "confirming", stops=False)
+    assert figures.ending(held, 0.5) == "survived"
+
+
+def test_no_minus_stands_before_a_zero():
+    assert figures.points(-0.0) == figures.points(-0.000001) == "0.00 points"
+    assert figures.points(-0.01) == "-1.00 points"

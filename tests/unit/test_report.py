@@ -244,3 +244,22 @@ def test_a_tuned_attack_stands_in_the_table():
     policy = example_policy()
     tuned = Spec.model_validate({**policy.attacks[0].model_dump(), "lr": 0.123})
     assert tuned.label in Page(page(policy, passing_evidence(policy))).text
+
+
+def test_trials_that_ran_on_above_the_ceiling_are_counted_as_breaches():
+    policy = example_policy()
+    found = refused_evidence(policy)
+    kept = tuple(
+        record.model_copy(
+            update={"outcome": record.outcome.model_copy(update={"ending": "survived"})}
+        )
+        for record in found.records
+    )
+    unmarked = found.model_copy(update={"records": kept})
+    (before, after) = (
+        re.search(r"defended: ([^;]*);", alt)[1]
+        for source in (page(policy, found), page(policy, unmarked))
+        for alt in re.findall(r'aria-label="(undefended: \d+ breached[^"]*)"', source)
+    )
+    assert before == after
+    assert "breached" in before
