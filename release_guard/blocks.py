@@ -65,14 +65,14 @@ def results(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
 
 def _attack_row(place: Place, label: str, efforts: Sequence[Effort | None]) -> Sequence[str]:
     undefended, defended = efforts
-    finding = None if defended is None else defended.finding
+    finding = "not run" if defended is None else defended.finding or "no finding"
     return (
         _code(label),
         _code(place.name),
         figures.score(place.ceiling),
         *_reach(undefended),
         *_reach(defended),
-        "no finding" if finding is None else finding,
+        finding,
     )
 
 
@@ -133,15 +133,13 @@ def verify(verdict: Verdict, target: str, fingerprint: str) -> str:
 
 def limits(verdict: Verdict, policy: Policy) -> str:
     """Where the claim ends."""
+    if not verdict.passed:
+        return "### Limits of the claim\n\nNothing is claimed of this model.\n"
     budget = policy.red_team.budget
-    claim = (
-        f"The claim ends at {figures.cost(budget.limit, budget.unit)} for each attack"
-        if verdict.passed
-        else "Nothing is claimed of this model"
-    )
     return (
         "### Limits of the claim\n\n"
-        f"- {claim}, at the precisions {', '.join(policy.precisions)}, under this suite.\n"
+        f"- The claim ends at {figures.cost(budget.limit, budget.unit)} for each attack, at the "
+        f"precisions {', '.join(policy.precisions)}, under this suite.\n"
         "- It no longer holds if the weights are changed, fine-tuned, merged, pruned or rounded to "
         "another format, if an attack is found that the suite does not have, or once it expires.\n"
         "- Whoever has an undefended ancestor of this model, public or not, needs no attack.\n"
