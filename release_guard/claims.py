@@ -90,7 +90,7 @@ def _has_refuted(place: Place) -> bool:
 def _beyond_budget(place: Place) -> Iterator[str]:
     unit = place.policy.red_team.budget.unit
     for item in place.configurations("defended"):
-        costs = item.long_costs
+        costs = item.costs(place.horizon)
         late = [cost.upper for cost in costs if cost.upper and cost.upper > place.budget]
         if late:
             yield (

@@ -125,8 +125,8 @@ def _resists(place: Place, family: str) -> Check:
     for found, result in (("confirmed", Result.FAIL), ("unresolved", Result.INCONCLUSIVE)):
         if items := [item for item, finding in close if finding == found]:
             return Check(name, result, f"{found}: {_reach(items)}")
-    if collapsed := _collapsed(place, family):
-        return Check(name, Result.INCONCLUSIVE, collapsed)
+    if gap := _unconfirmed(place, tried) or _collapsed(place, family):
+        return Check(name, Result.INCONCLUSIVE, gap)
     refuted = f"; findings of the search, all refuted: {len(close)}" if close else ""
     return Check(name, Result.PASS, f"{_reach(tried)}; configurations tried: {len(tried)}{refuted}")
 
@@ -145,6 +145,15 @@ def _reach(items: Sequence[Configuration]) -> str:
 def _height(item: Configuration) -> float:
     fresh = [record for records in item.fresh.values() for record in records]
     return item.height([*item.search, *fresh])
+
+
+def _unconfirmed(place: Place, tried: Sequence[Configuration]) -> str | None:
+    """Why the search is all there is, if so: one seed of a search may have been unlucky."""
+    least = place.policy.red_team.confirm_seeds
+    seeds = max(item.num_whole for item in tried)
+    if seeds >= least:
+        return None
+    return f"{seeds} of {least} fresh seeds of its best configuration ran to the budget"
 
 
 def _collapsed(place: Place, family: str) -> str | None:

@@ -208,15 +208,22 @@ class _Team:
         self._ground = Ground.of(subject.base, subject.undefended, subject.defended, self.policy)
 
     def attack_defended(self, concept: Concept) -> None:
-        """Search on the defended arm; confirm what breached at once, what came close afterwards."""
-        close = []
+        """Search on the defended arm; confirm what breached at once, what came close afterwards.
+
+        The best of each family is confirmed in any case: a search seed may have been unlucky, and
+        only fresh seeds show what is claimed up to the budget.
+        """
+        found, close = [], []
         for record in self._run(SEARCH, "defended", concept, listed(self.policy, concept)):
+            found.append(record)
             height = best_score(record.outcome)
             if breached(height, self.ceilings[concept.name]):
                 self._confirm(record, concept)
             elif height >= FLAG * self.ceilings[concept.name]:
                 close.append(record)
         for record in sorted(close, key=lambda record: -best_score(record.outcome)):
+            self._confirm(record, concept)
+        for record in self._best_of_families(found, concept):
             self._confirm(record, concept)
 
     def attack_controls(self, concept: Concept) -> None:
@@ -268,6 +275,13 @@ class _Team:
         examples = min(outcome.examples for outcome in outcomes)
         if confirm(scores, examples, self.ceilings[concept.name]) == "confirmed":
             raise Breached
+
+    def _best_of_families(self, records: Sequence[Record], concept: Concept) -> Iterator[Record]:
+        for precision in self.policy.precisions:
+            here = [record for record in records if record.trial.precision == precision]
+            by_attack = {record.trial.attack.label: record for record in here}
+            for spec in best_of_each_family(self._ranked(here, concept)):
+                yield by_attack[spec.label]
 
     def _tune_never_knew(self, concept: Concept, precision: Precision) -> None:
         attacks = from_scratch(listed(self.policy, concept))

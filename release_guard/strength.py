@@ -87,7 +87,7 @@ def _rank(configuration: Configuration) -> tuple[float, str]:
 
 
 def _against(place: Place, reference: Sequence[Censored]) -> Interval:
-    """The defended arm against another; nothing beyond the budget counts for it.
+    """The defended arm, run to its budget, against another.
 
     A configuration with too few fresh seeds is left out, unless one of them breached.
     """
@@ -98,7 +98,7 @@ def _against(place: Place, reference: Sequence[Censored]) -> Interval:
 
 
 def _long_run(place: Place, reference: Sequence[Censored]) -> Interval | None:
-    tried = [item.long_costs for item in place.configurations("defended")]
+    tried = [item.costs(place.horizon) for item in place.configurations("defended")]
     counted = [costs for costs in tried if costs]
     return _weakest(ratio_bounds(costs, reference) for costs in counted) if counted else None
 

@@ -4,6 +4,7 @@ A configuration is an attack with its options. Its search records are never used
 winner of a search was also the luckiest. Fresh records, on seeds and examples no search saw, do.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -100,11 +101,9 @@ class Configuration:
 
     @property
     def flagged(self) -> bool:
-        """Whether something within the budget asks for confirmation."""
+        """Whether something within the budget, in the search or after, asks for confirmation."""
         fresh = [record for records in self.fresh.values() for record in records]
-        return flagged(self.height(self.search), self.place.ceiling) or breached(
-            self.height(fresh), self.place.ceiling
-        )
+        return flagged(self.height([*self.search, *fresh]), self.place.ceiling)
 
     @property
     def finding(self) -> Finding:
@@ -130,31 +129,34 @@ class Configuration:
         )
 
     def costs(self, limit: float) -> tuple[Censored, ...]:
-        """Budget to breach of each fresh seed, up to a limit."""
-        return tuple(self._earliest(records).capped(limit) for records in self.fresh.values())
+        """Budget to breach of each fresh seed that was run exactly to `limit`.
+
+        Runs that went further were not scored there, so they cannot say what holds up to it.
+        """
+        return tuple(self._earliest(runs).capped(limit) for runs in self._run_to(limit))
 
     @property
-    def long_costs(self) -> tuple[Censored, ...]:
-        """The same up to the horizon, of the seeds that were run that far."""
-        horizon = self.place.horizon
-        return tuple(
-            self._earliest(records).capped(horizon)
-            for records in self.fresh.values()
-            if any(record.trial.budget.limit >= horizon for record in records)
-        )
+    def num_whole(self) -> int:
+        """Fresh seeds that were run exactly to the budget, and neither crashed nor collapsed."""
+        runs = self._run_to(self.place.budget)
+        return sum(all(map(self._ran_whole, records)) for records in runs)
 
     @property
     def search_cost(self) -> float:
         """Geometric mean budget to breach in the search; ranks configurations of one arm."""
         return geometric_mean(self._cost(record) for record in self.search)
 
+    def _run_to(self, limit: float) -> list[list[Record]]:
+        runs = (
+            [record for record in records if math.isclose(record.trial.budget.limit, limit)]
+            for records in self.fresh.values()
+        )
+        return [records for records in runs if records]
+
     def _earliest(self, records: Sequence[Record]) -> Censored:
-        """One seed may have been run twice, to the budget and beyond: what both together show."""
-        costs = [self._cost(record) for record in records]
-        breaches = [cost for cost in costs if cost.upper is not None]
-        if breaches:
-            return min(breaches, key=lambda cost: (cost.point, cost.lower))
-        return max(costs, key=lambda cost: cost.lower)
+        """One seed may stand here twice, recorded with other outcomes: the worse one counts."""
+        costs = (self._cost(record) for record in records)
+        return min(costs, key=lambda cost: (cost.upper is None, cost.point, cost.lower))
 
     def _cost(self, record: Record) -> Censored:
         """An attack that ended by itself, unbreached, is censored at its budget."""

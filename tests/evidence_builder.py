@@ -268,17 +268,11 @@ def _confirmed(policy: Policy, btb: Btb, target: str, precision: Precision) -> I
     if _knows_never(policy):
         first = policy.attacks[0]
         yield from _fresh(policy, btb, Asked("never_knew", first, target, precision, 0, "confirm"))
-    best = _best_defended(policy, btb, target, precision)
-    asked = Asked("defended", best, target, precision, 0, "confirm")
-    flag = curve(
-        policy,
-        btb=btb(Asked("defended", best, target, precision, policy.seed, "search")),
-        ceiling=1.0,
-        limit=policy.red_team.budget.limit,
-        stops=False,
-    )
-    if max(point.score for point in flag) >= 0.8:
-        yield from _fresh(policy, btb, asked, kind="flagged")
+    ranked = _ranked_defended(policy, btb, target, precision)
+    for attack in {attack.name: attack for attack in reversed(ranked)}.values():
+        asked = Asked("defended", attack, target, precision, 0, "confirm")
+        yield from _fresh(policy, btb, asked, kind="to the budget")
+    asked = Asked("defended", ranked[0], target, precision, 0, "confirm")
     yield from _fresh(policy, btb, asked, kind="long_run")
 
 
@@ -287,7 +281,7 @@ def _fresh(
     btb: Btb,
     asked: Asked,
     *,
-    kind: Literal["control", "flagged", "long_run"] = "control",
+    kind: Literal["control", "to the budget", "long_run"] = "control",
 ) -> Iterable[Record]:
     for index in range(policy.red_team.confirm_seeds):
         seed = policy.seed + FRESH + index + (500 if kind == "long_run" else 0)
@@ -297,16 +291,16 @@ def _fresh(
             each,
             btb(each),
             "long_run" if kind == "long_run" else "confirming",
-            stops=kind != "flagged",
-            long=kind != "flagged",
+            stops=kind != "to the budget",
+            long=kind != "to the budget",
         )
 
 
-def _best_defended(policy: Policy, btb: Btb, target: str, precision: Precision) -> Spec:
+def _ranked_defended(policy: Policy, btb: Btb, target: str, precision: Precision) -> list[Spec]:
     def cost(attack: Spec) -> float:
         return btb(Asked("defended", attack, target, precision, policy.seed, "search"))
 
-    return min(policy.attacks, key=cost)
+    return sorted(policy.attacks, key=cost)
 
 
 def _labels(policy: Policy) -> list[str]:
