@@ -47,18 +47,20 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "ntr_steps": 1,
         "ntr_batch": 150,
         "distill": 0.0,
+        "tail_steps": 0,
     },
     # Several attackers of different ages, optimizers, rates and heads that go on between steps.
     "hardened": {
         "outer_steps": 800,
         "attackers": 4,
-        "horizon": (5, 40),
+        "horizon": (10, 50),
         "advance": 2,
-        "adam_share": 0.7,
+        "adam_share": 0.8,
+        "adam_lr": (1e-3, 8e-3),
         "sgd_lr": (1e-2, 1e-1),
         "momentum": 0.9,
         "reinit_share": 0.7,
-        "batch": 32,
+        "batch": 48,
         "query": 32,
         "ice": 0.0,
         "klu": 1.0,
@@ -69,6 +71,7 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "ntr_steps": 4,
         "ntr_batch": 32,
         "distill": 1.0,
+        "tail_steps": 600,
     },
 }
 _TEMPERATURE = 2.0  # of the distillation
@@ -125,10 +128,14 @@ class Sophon(Stage):
     """Retained examples of such a step."""
     distill: float = Field(ge=0)
     """Weight of staying close to the base model's outputs on retained examples."""
+    tail_steps: int = Field(ge=0)
+    """Reinforcement steps at the end, without suppression: cheap repair of what it cost."""
+    tail_lr: float = Field(1e-3, gt=0)
+    """Their learning rate, which falls linearly to zero."""
     probe_every: int = Field(50, ge=1)
-    """Outer steps between looks at the retained score."""
+    """Steps between looks at the retained score."""
     keep_every: int = Field(100, ge=1)
-    """Outer steps between checkpoints."""
+    """Steps between checkpoints."""
 
     @model_validator(mode="before")
     @classmethod
@@ -145,14 +152,14 @@ class Sophon(Stage):
             )
         training = _Training(self, model, policy)
         training.resume(workspace.directory)
-        for step in range(training.step, self.outer_steps):
-            suppression, reinforcement = training.advance()
-            if (step + 1) % self.probe_every == 0 or step + 1 == self.outer_steps:
+        steps = self.outer_steps + self.tail_steps
+        while training.step < steps:
+            line = training.advance()
+            if training.step % self.probe_every == 0 or training.step == steps:
                 training.guard()
-            if (step + 1) % self.keep_every == 0:
+            if training.step % self.keep_every == 0:
                 training.keep(workspace.directory)
-            line = f"suppression {suppression:.3f}, retained loss {reinforcement:.3f}"
-            workspace.progress(step + 1, self.outer_steps, line)
+            workspace.progress(training.step, steps, line)
         return training.result()
 
     def measure(
@@ -212,7 +219,8 @@ def probe_explains(features_NF: Tensor, labels_N: Tensor, *, num_classes: int) -
     ridge = _PROBE_RIDGE * gram_FF.diagonal().mean() + torch.finfo(gram_FF.dtype).tiny
     cross_FC = centred_NF.T @ labels_NC
     identity_FF = torch.eye(len(gram_FF), dtype=gram_FF.dtype, device=gram_FF.device)
-    return (cross_FC * torch.linalg.solve(gram_FF + ridge * identity_FF, cross_FC)).sum() / total
+    solved_FC: Tensor = torch.linalg.solve(gram_FF + ridge * identity_FF, cross_FC)
+    return (cross_FC * solved_FC).sum() / total
 
 
 @dataclass
@@ -254,24 +262,25 @@ class _Training:
         self._good: State | None = None
         self.step = 0
 
-    def advance(self) -> tuple[float, float]:
-        """One outer step; mean suppression and retained loss.
+    def advance(self) -> str:
+        """One outer step, or one of the tail; its losses in words.
 
         Raises:
-            ImmunizationError: A loss is not finite; the last checkpoint was before it.
+            ImmunizationError: The weights are not finite any more; the last checkpoint was before.
         """
         options = self._options
-        fade = 1 + (options.final_lr - 1) * self.step / options.outer_steps
-        before = [parameter.detach().clone() for parameter in self._parameters]
-        suppression = self._suppress_step(options.alpha * fade)
-        reinforcement = self._reinforce_steps(options.beta * fade)
+        tail = self.step - options.outer_steps
+        if tail < 0:
+            line = self._outer_step()
+        else:
+            retained = self._reinforce_once(options.tail_lr * (1 - tail / options.tail_steps))
+            line = f"retained loss {retained:.3f}"
         if not all(parameter.isfinite().all() for parameter in self._parameters):
             raise ImmunizationError(
-                f"sophon: the weights diverged at outer step {self.step + 1}; lower alpha or beta"
+                f"sophon: the weights diverged at step {self.step + 1}; lower alpha or beta"
             )
-        self._carry(before)
         self.step += 1
-        return suppression, reinforcement
+        return line
 
     def guard(self) -> None:
         """Keep this state if the retained score is still within the policy's margin."""
@@ -340,6 +349,19 @@ class _Training:
     def _about(self) -> str:
         return f"{self._policy.digest} {self._options.model_dump_json()}"
 
+    def _outer_step(self) -> str:
+        options = self._options
+        fade = 1 + (options.final_lr - 1) * self.step / options.outer_steps
+        before = [parameter.detach().clone() for parameter in self._parameters]
+        suppression = self._suppress_step(options.alpha * fade)
+        retained = [
+            self._reinforce_once(options.beta * fade, turn=turn)
+            for turn in range(options.ntr_steps)
+        ]
+        self._carry(before)
+        mean = sum(retained) / max(1, len(retained))
+        return f"suppression {suppression:.3f}, retained loss {mean:.3f}"
+
     def _suppress_step(self, rate: float) -> float:
         options = self._options
         total = [torch.zeros_like(parameter) for parameter in self._parameters]
@@ -404,27 +426,21 @@ class _Training:
             )
         return loss
 
-    def _reinforce_steps(self, rate: float) -> float:
-        losses = []
-        for turn in range(self._options.ntr_steps):
-            batch = next(
-                self.theta.batches(
-                    self._policy.retain.dataset,
-                    "retain",
-                    size=self._options.ntr_batch,
-                    seed=self._seed(f"retained/{turn}"),
-                )
-            )
-            logits_NC, labels_N = self.theta.logits(batch)
-            loss = nn.functional.cross_entropy(logits_NC, labels_N)
-            losses.append(loss.item())
-            if self._options.distill:
-                loss = loss + self._options.distill * self._distance(batch, logits_NC)
-            self._reinforce.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-            nn.utils.clip_grad_norm_(self._parameters, 1.0)
-            _step(self._reinforce, rate)
-        return sum(losses) / max(1, len(losses))
+    def _reinforce_once(self, rate: float, *, turn: int = 0) -> float:
+        """Normal training reinforcement: the task loss, and closeness to the base's outputs."""
+        options = self._options
+        retained, seed = self._policy.retain.dataset, self._seed(f"retained/{turn}")
+        batch = next(self.theta.batches(retained, "retain", size=options.ntr_batch, seed=seed))
+        logits_NC, labels_N = self.theta.logits(batch)
+        task = nn.functional.cross_entropy(logits_NC, labels_N)
+        loss = task
+        if options.distill:
+            loss = loss + options.distill * self._distance(batch, logits_NC)
+        self._reinforce.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        _step(self._reinforce, rate)
+        return task.item()
 
     def _distance(self, batch: Batch, logits_NC: Tensor) -> Tensor:
         """Distillation from the base model: KL at temperature 2, scaled back by its square."""

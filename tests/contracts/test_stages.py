@@ -11,7 +11,7 @@ from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.stages import Stage, Workspace
 
-QUICK = {"sophon": {"outer_steps": 3, "batch": 16, "query": 16, "ntr_batch": 16, "probe_every": 1}}
+QUICK = {"sophon": {"outer_steps": 3, "batch": 16, "query": 16, "ntr_batch": 16, "tail_steps": 2}}
 
 
 @pytest.mark.parametrize("name", Stage.available())

@@ -17,12 +17,13 @@ from release_guard.stages import Stage, Workspace
 from release_guard.stages.sophon import Sophon, ice, klu, probe_explains
 
 SMALL = {
-    "outer_steps": 6,
+    "outer_steps": 4,
     "attackers": 2,
     "batch": 16,
     "query": 16,
     "ntr_steps": 1,
     "ntr_batch": 16,
+    "tail_steps": 2,
     "probe_every": 2,
     "keep_every": 2,
 }
