@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def require_canonical(name: str) -> None:
             or characters that UTF-8 cannot write.
     """
     bad = any(part in {"", ".", ".."} for part in name.split("/")) or "\\" in name
-    odd = any(ord(character) < 32 or "\ud800" <= character <= "\udfff" for character in name)  # noqa: PLR2004
+    odd = any(unicodedata.category(character) in {"Cc", "Cs"} for character in name)
     if bad or odd:
         raise IntegrityError(f"{name!a} is not a file name that a release may have")
 

@@ -123,7 +123,7 @@ def verify(
     check.files(signed, partial=partial)
     claims = check.attestations(signed)
     if claims is not None:
-        check.claims(claims, now)
+        check.claims(signed, claims, now)
     if claims is not None and rejudge:
         check.judgement(signed, claims)
     notes = tuple(_notes(manifest))
@@ -204,8 +204,10 @@ class _Check:
             self._invalid(error)
             return None
 
-    def claims(self, claims: Claims, now: datetime) -> None:
-        """Step 4: judged by the policy that is required, passed, and still valid."""
+    def claims(self, signed: SignedFiles, claims: Claims, now: datetime) -> None:
+        """Step 4: judged by the policy that is required, on the evidence here, passed, valid."""
+        for name in _swapped(signed, claims):
+            self._find(State.EVIDENCE_INVALID, f"{name}: not the one that was attested", name)
         wanted = self.trust.policy_digest
         if wanted is not None and claims.policy != wanted:
             text = f"judged by the policy {claims.policy[:16]}..., not by yours, {wanted[:16]}..."
@@ -223,10 +225,12 @@ class _Check:
 
     def judgement(self, signed: SignedFiles, claims: Claims) -> None:
         """Step 5: the signed evidence, judged again, gives the signed verdict."""
-        if not all(self._as_signed(name, signed) for name in (POLICY_FILE, EVIDENCE_FILE)):
+        if _swapped(signed, claims) or not (
+            self._as_signed(POLICY_FILE, signed) and self._as_signed(EVIDENCE_FILE, signed)
+        ):
             return
         try:
-            policy, verdict = self._judge(signed, claims)
+            policy, verdict = self._judge(signed)
         except (IntegrityError, PolicyError) as error:
             self._invalid(error, EVIDENCE_FILE)
             return
@@ -238,10 +242,7 @@ class _Check:
                 State.EVIDENCE_INVALID, f"svr: lacks {', '.join(lacking)}", bundle_name("svr")
             )
 
-    def _judge(self, signed: SignedFiles, claims: Claims) -> tuple[Policy, Verdict]:
-        for name, digest in ((POLICY_FILE, claims.policy), (EVIDENCE_FILE, claims.report)):
-            if signed.digests.get(name) != digest:
-                raise IntegrityError(f"{name}: not the file that the attestations name")
+    def _judge(self, signed: SignedFiles) -> tuple[Policy, Verdict]:
         source = self._signed_bytes(POLICY_FILE, signed, MAX_EVIDENCE)
         policy = Policy.parse(source, name=POLICY_FILE)
         evidence = Evidence.from_jsonl(self._signed_bytes(EVIDENCE_FILE, signed, MAX_EVIDENCE))
@@ -256,9 +257,7 @@ class _Check:
     def _as_signed(self, name: str, signed: SignedFiles) -> bool:
         """Whether a file is worth reading: one that is missing or changed was reported before."""
         entry = self.manifest.get(name)
-        return name not in signed.digests or (
-            entry is not None and entry.digest == signed.digests[name]
-        )
+        return entry is not None and entry.digest == signed.digests[name]
 
     def _signed_bytes(self, name: str, signed: SignedFiles, limit: int) -> bytes:
         """Bytes of a file as signed: what was read is compared, not what was hashed before."""
@@ -269,9 +268,7 @@ class _Check:
 
     def _read(self, name: str, limit: int) -> bytes:
         entry = self.manifest.get(name)
-        if entry is None:
-            raise IntegrityError(f"{name}: missing")
-        if entry.size > limit:
+        if entry is not None and entry.size > limit:
             raise IntegrityError(f"{name}: larger than {limit >> 20} MiB; not read")
         return self.tree.read(name)
 
@@ -280,6 +277,12 @@ class _Check:
 
     def _find(self, state: State, message: str, *files: str) -> None:
         self.findings.append(Finding(state, message, files))
+
+
+def _swapped(signed: SignedFiles, claims: Claims) -> tuple[str, ...]:
+    """Policy and evidence, where the signed file is not the one that the attestations name."""
+    named = {POLICY_FILE: claims.policy, EVIDENCE_FILE: claims.report}
+    return tuple(name for name, digest in named.items() if signed.digests.get(name) != digest)
 
 
 def _state(name: str, what: str) -> State:

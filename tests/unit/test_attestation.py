@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evidence_builder import example_policy, passing_evidence, refused_evidence
+from evidence_builder import Asked, example_policy, passing_evidence, refused_evidence, strong
+from evidence_builder import evidence as build
 from goldens import same_as_golden
 from judged import about, fixed_key, judge, write
 
@@ -20,7 +21,17 @@ from release_guard.attestation import (
     subjects,
 )
 from release_guard.errors import IntegrityError
-from release_guard.evidence import Evidence
+from release_guard.evidence import (
+    Change,
+    Cost,
+    Evidence,
+    Outcome,
+    Point,
+    Record,
+    Retention,
+    StageReport,
+    Trial,
+)
 from release_guard.gate import gate
 from release_guard.manifest import FileEntry, Manifest
 from release_guard.policy import Policy
@@ -52,10 +63,73 @@ def key(tmp_path: Path) -> Key:
     return fixed_key(tmp_path / "keys")
 
 
-def small_policy() -> Policy:
-    return example_policy(
-        ('  { name = "finetune", lr = 0.001, optimizer = "adam" },\n', ""),
-        ('  { name = "linear_probe" },\n', ""),
+SMALL_POLICY = b"""\
+modality = "image_classification"
+attacks = [{ name = "finetune", lr = 0.01 }]
+hub = { name = "directory", path = "hub" }
+retain = { dataset = "retained.parquet" }
+concepts = [{ name = "footwear", dataset = "footwear.parquet", ceiling = 0.5 }]
+red_team = { profile = "smoke", budget = { unit = "steps", limit = 400 } }
+"""
+
+
+def small_evidence(policy: Policy) -> Evidence:
+    """Written out, so that the goldens change with the predicates and with nothing else."""
+    scores = {"undefended": [0.2, 0.9], "defended": [0.1, 0.3], "never_knew": [0.1, 0.6]}
+    records = [
+        Record(
+            trial=Trial(
+                arm=arm,
+                precision="fp32",
+                target="footwear",
+                attack=policy.attacks[0],
+                seed=seed,
+                budget=policy.red_team.budget,
+                ceiling=None,
+                split="search" if seed == 0 else "confirm",
+                examples=500,
+                grid_ratio=1.5,
+                weights="aa" * 32,
+                data="bb" * 32,
+                suite="1.0",
+            ),
+            outcome=Outcome(
+                ending="breached" if curve[-1] > 0.5 else "survived",
+                curve=tuple(
+                    Point(cost=Cost(steps=steps, samples=1, flops=1, seconds=1), score=score)
+                    for steps, score in zip((20, 400), curve, strict=True)
+                ),
+                examples=500,
+                parameters=10,
+            ),
+            origin="listed" if seed == 0 else "confirming",
+        )
+        for arm, curve in scores.items()
+        for seed in (0, 1000, 1001)
+    ]
+    return Evidence(
+        suite="1.0",
+        tool="0.1.0",
+        policy=policy.digest,
+        base="cc" * 32,
+        immunized=PAYLOAD.root,
+        ceilings={"footwear": 0.5},
+        change=Change(identical=False, relative_l2={"head": 0.1}),
+        planned=len(records),
+        retention=[Retention(precision="fp32", base=[1.0] * 50, immunized=[1.0] * 49 + [0.0])],
+        stages=[
+            StageReport(
+                name="sophon",
+                paper="https://arxiv.org/abs/2404.12699",
+                options={"lr": 1},
+                measures={"loss": 2.5},
+                seconds=3.5,
+            )
+        ],
+        records=records,
+        started_at="2026-01-02T03:04:05+00:00",
+        finished_at="2026-01-02T04:05:06+00:00",
+        environment={"python": "3.11"},
     )
 
 
@@ -73,8 +147,8 @@ def predicates(
 
 
 def test_statements_are_byte_for_byte_the_golden_ones() -> None:
-    policy = small_policy()
-    evidence = of(passing_evidence(policy))
+    policy = Policy.parse(SMALL_POLICY, name="policy.toml")
+    evidence = small_evidence(policy)
     made = statements(Candidate(Path("unused"), VERDICT, PAYLOAD), policy, evidence)
     assert list(made) == list(PREDICATE_TYPES)
     for kind, source in made.items():
@@ -82,7 +156,7 @@ def test_statements_are_byte_for_byte_the_golden_ones() -> None:
 
 
 def test_the_same_run_gives_the_same_bytes_in_any_order_of_records() -> None:
-    policy = small_policy()
+    policy = example_policy()
     evidence = of(passing_evidence(policy))
     turned = evidence.model_copy(update={"records": evidence.records[::-1]})
     candidate = Candidate(Path("unused"), VERDICT, PAYLOAD)
@@ -192,6 +266,27 @@ def test_an_attack_that_was_not_run_is_said_not_to_have_been() -> None:
     found = predicates(evidence.model_copy(update={"records": kept}), policy)
     status = {attack["family"]: attack["status"] for attack in found["resistance"]["attacks"]}
     assert status["lora"] == "notRun"
+
+
+def test_a_breach_beyond_the_budget_is_named() -> None:
+    policy = example_policy()
+
+    def late(asked: Asked) -> float:
+        slow = asked.arm == "defended" and asked.attack.name == "finetune"
+        return 800 if slow else strong(policy)(asked)
+
+    resistance = predicates(of(build(policy, late)), policy)["resistance"]
+    first = resistance["breachedBeyondBudget"][0]
+    assert first["attack"].startswith("finetune(")
+    assert 400 < first["cost"] <= 1600
+    assert resistance["verdict"] == "PASS"
+
+
+def test_an_arm_that_nobody_had_has_no_budget_to_breach() -> None:
+    policy = example_policy(('profile = "smoke"', 'profile = "smoke"\nnever_knew = "unavailable"'))
+    resistance = predicates(of(passing_evidence(policy)), policy)["resistance"]
+    assert {each["arm"] for each in resistance["breach"]} == {"undefended", "defended"}
+    assert resistance["sigma"] == []
 
 
 def test_attesting_writes_three_bundles_and_nothing_else(tmp_path: Path, key: Key) -> None:

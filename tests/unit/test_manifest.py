@@ -97,6 +97,8 @@ def test_the_download_cache_is_ignored_and_nothing_else_beside_it(tmp_path: Path
         "a\nb",
         "a\x00",
         "\udcff",
+        "a\x7f",
+        "a\x9b31m",
     ],
 )
 def test_odd_names_are_refused(name: str) -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 import subprocess
@@ -74,6 +75,17 @@ def swap(
     change(statement)
     write(folder, bundle_name(kind), signer.sign(json.dumps(statement).encode()))
     seal(folder, signer)
+
+
+def replace_evidence(folder: Path, judged: Judged, content: bytes) -> None:
+    """Other evidence, named and signed as if it were the run's."""
+    write(folder, EVIDENCE_FILE, content)
+
+    def named(statement: dict[str, Any]) -> None:
+        digest = hashlib.sha256(content).hexdigest()
+        statement["predicate"]["report"]["digest"]["sha256"] = digest
+
+    swap(folder, judged, judged.signer, "resistance", named)
 
 
 def agrees(folder: Path, key: Key, policy: str | None = None) -> bool:
@@ -381,6 +393,52 @@ def test_a_pass_that_its_evidence_does_not_bear_out_is_invalid(
     assert check(folder, ours, rejudge=False).states == (State.INTACT,)
 
 
+@pytest.mark.parametrize("field", ["policy", "immunized"])
+def test_signed_evidence_of_another_run_is_invalid(
+    folder: Path, judged: Judged, ours: Key, field: str
+) -> None:
+    other = judged.evidence.model_copy(update={field: "ab" * 32})
+    replace_evidence(folder, judged, other.to_jsonl())
+    found = check(folder, ours)
+    assert found.states == (State.EVIDENCE_INVALID,)
+    assert "another policy or other weights" in found.findings[0].message
+
+
+def test_signed_figures_that_no_arithmetic_holds_are_invalid(
+    folder: Path, judged: Judged, ours: Key
+) -> None:
+    kept = judged.evidence.retention[0]
+    absurd = kept.model_copy(update={"base": (1e308, *kept.base[1:])})
+    evidence = judged.evidence.model_copy(update={"retention": (absurd,)})
+    replace_evidence(folder, judged, evidence.to_jsonl())
+    found = check(folder, ours)
+    assert found.states == (State.EVIDENCE_INVALID,)
+
+
+@pytest.mark.parametrize("name", [EVIDENCE_FILE, POLICY_FILE])
+def test_signed_files_that_nobody_attested_are_invalid(
+    folder: Path, judged: Judged, ours: Key, name: str
+) -> None:
+    write(folder, name, (folder / name).read_bytes() + b"\n")
+    seal(folder, judged.signer)
+    for rejudge in (True, False):
+        found = check(folder, ours, rejudge=rejudge)
+        assert found.states == (State.EVIDENCE_INVALID,)
+        assert found.findings[0].message == f"{name}: not the one that was attested"
+    assert not agrees(folder, ours)
+    (folder / name).unlink()
+    seal(folder, judged.signer)
+    assert check(folder, ours).states == (State.EVIDENCE_INVALID,)
+
+
+def test_many_files_are_told_in_one_line(folder: Path, ours: Key) -> None:
+    for number in range(9):
+        write(folder, f"extra-{number}.bin", b"x")
+    (finding,) = check(folder, ours).findings
+    assert finding.message == "added: extra-0.bin, extra-1.bin, extra-2.bin and 6 more"
+    assert len(finding.files) == 9
+
+
 @pytest.mark.parametrize(
     "evidence",
     [
@@ -427,22 +485,17 @@ def test_signed_evidence_with_any_figure_is_judged_or_refused(
     judged: Judged, ours: Key, data: st.DataObject
 ) -> None:
     lines = [json.loads(line) for line in judged.evidence.to_jsonl().splitlines()]
-    where, key = data.draw(st.sampled_from(list(places(lines))))
+    everywhere = list(places(lines))
+    where, key = everywhere[data.draw(st.integers(0, len(everywhere) - 1))]
     where[key] = data.draw(
         st.sampled_from([None, 0, -1, 1e308, 5e-324, 10**400, "", "x", [], {}, True])
         | st.sampled_from(["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59+00:00", "2026-01-02"])
     )
     folder = judged.candidate.directory
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    write(folder, EVIDENCE_FILE, b"\n".join(json.dumps(line).encode() for line in lines))
-    report = hash_directory(folder).get(EVIDENCE_FILE)
-    assert report is not None
-
-    def named(statement: dict[str, Any]) -> None:
-        statement["predicate"]["report"]["digest"]["sha256"] = report.digest
-
     try:
-        swap(folder, judged, judged.signer, "resistance", named)
+        changed = b"\n".join(json.dumps(line).encode() for line in lines)
+        replace_evidence(folder, judged, changed)
         assert check(folder, ours).states in {(State.INTACT,), (State.EVIDENCE_INVALID,)}
     finally:
         for path, content in before.items():
