@@ -1,8 +1,10 @@
 """What came of a command: a document for programs, lines for people. Nothing is decided here."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from release_guard import figures
 from release_guard.policy import Policy
@@ -114,14 +116,11 @@ def plan_lines(plan: "Plan") -> Iterator[str]:
 
 
 def verify_command(policy: Policy, repo: str, receipt: Receipt) -> str:
-    """What to paste to verify what was just pushed."""
-    options = policy.signer.options
-    public = options.get("public") or str(options.get("path", "key.pem")).replace(".pem", ".pub")
-    if policy.hub.name == "directory":
-        target = receipt.url.removeprefix("file://")
-    else:
-        target = f"hf://{repo}@{receipt.revision}"
-    return f"release-guard verify {target} --key {public}"
+    """What to paste, here, to verify what was just pushed."""
+    url = urlsplit(receipt.url)
+    target = unquote(url.path) if url.scheme == "file" else f"hf://{repo}@{receipt.revision}"
+    key = policy.signer.options.get("public", "PUBLIC_KEY")  # none where the key is a variable
+    return f"release-guard verify {shlex.quote(target)} --key {shlex.quote(key)}"
 
 
 def pushed_document(receipt: Receipt | None) -> Mapping[str, Any]:
