@@ -17,7 +17,7 @@ from release_guard.release import Result
 POLICY = example_policy(("kappa = 5.0", "kappa = 3.0"), ("kappa_lower = 2.0", "kappa_lower = 1.5"))
 LIMIT = POLICY.red_team.budget.limit
 CEILING = ceiling_of(POLICY.concepts[0])
-SETTINGS = settings(deadline=None, max_examples=60, database=None)
+SETTINGS = settings(deadline=None, max_examples=40, database=None)
 
 
 @st.composite
