@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/release-guard demo --output demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -87,6 +87,7 @@ def train(output: Path, session: Session) -> "ModelHandle":
     import torch  # noqa: PLC0415
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil  # noqa: PLC0415
 
+    from release_guard.checkpoints import quiet  # noqa: PLC0415
     from release_guard.modalities import Modality  # noqa: PLC0415
 
     policy = Policy.load(output / "policy.toml")
@@ -107,7 +108,7 @@ def train(output: Path, session: Session) -> "ModelHandle":
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(policy.seed)
         untrained = ViTForImageClassification(config)
-    with folder_made_whole(output / "untrained") as folder:
+    with folder_made_whole(output / "untrained") as folder, quiet():
         untrained.save_pretrained(folder)
         ViTImageProcessorPil(
             size={"height": 28, "width": 28}, image_mean=[0.286], image_std=[0.353]
@@ -123,19 +124,15 @@ def _fit(model: "ModelHandle", policy: Policy, session: Session) -> "ModelHandle
     model.module.train()
     optimizer = torch.optim.AdamW(model.module.parameters(), lr=_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS)
-    chance = torch.Generator().manual_seed(policy.seed)
     batches = model.batches(policy.retain.dataset, "retain", size=_BATCH, seed=policy.seed)
     for step in range(_STEPS):
-        batch = dict(next(batches))
-        mirrored = torch.rand(_BATCH, generator=chance).round().bool()
-        pixels = batch["pixels"]
-        batch["pixels"] = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
+        batch = model.varied(next(batches), seed=step)
         loss = model.loss(batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         optimizer.step()
         schedule.step()
-        session.progress("train the demo's model", step + 1, _STEPS, f"loss {float(loss):.3f}")
+        session.progress("train the demo's model", step + 1, _STEPS, f"loss {loss.item():.3f}")
     model.module.eval()
     return model
 

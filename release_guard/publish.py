@@ -17,7 +17,6 @@ from release_guard.ledger import Ledger
 from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
 from release_guard.modalities import Modality
 from release_guard.oms import sign
-from release_guard.oms import sign
 from release_guard.policy import Policy
 from release_guard.redteam import Session, Subject, red_team
 from release_guard.release import Candidate, Receipt, Verdict
@@ -180,7 +179,7 @@ def attack(subject: Subject, run: Run, policy: Policy, session: Session) -> Evid
 
 
 def _finished(subject: Subject, run: Run, policy: Policy) -> Evidence | None:
-    """Evidence of an earlier go at this run, if it is about these very files and nothing crashed."""
+    """Evidence of an earlier go, if it is about these very files and nothing crashed."""
     try:
         known = Evidence.read(run.evidence)
     except IntegrityError:

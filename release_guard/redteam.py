@@ -360,7 +360,7 @@ def _evidence(team: _Team, started_at: str) -> Evidence:
         planned=len(team.planned) if not team.stopped else len(team.records),
         retention=retention,
         stages=subject.stages,
-        records=tuple(team.records.values()),
+        records=tuple(team.records[key] for key in sorted(team.records)),
         started_at=started_at,
         finished_at=team.session.now().isoformat(),
         environment=team.session.environment,

@@ -94,6 +94,11 @@ class ModelHandle(ABC):
     def peer(self, source: str) -> Self:
         """Another checkpoint of this architecture with the same data."""
 
+    def varied(self, batch: Batch, *, seed: int) -> Batch:
+        """The same examples, changed in ways that keep their labels; here: not at all."""
+        del seed
+        return batch
+
     def loss(self, batch: Batch) -> Tensor:
         """Differentiable task loss, a scalar: cross-entropy over the rows of `logits`."""
         logits_NC, labels_N = self.logits(batch)

@@ -431,6 +431,7 @@ class _Training:
         options = self._options
         retained, seed = self._policy.retain.dataset, self._seed(f"retained/{turn}")
         batch = next(self.theta.batches(retained, "retain", size=options.ntr_batch, seed=seed))
+        batch = self.theta.varied(batch, seed=seed)
         logits_NC, labels_N = self.theta.logits(batch)
         task = nn.functional.cross_entropy(logits_NC, labels_N)
         loss = task
