@@ -46,7 +46,7 @@ def main(gates: int) -> None:
 
 def _table(rows: list[dict[str, object]]) -> str:
     lines = [
-        "| truth | seeds (search + fresh) | PASS | FAIL | INCONCLUSIVE | error | rate | upper 95 % |",
+        "| truth | search + fresh | PASS | FAIL | INCONCLUSIVE | error | rate | upper 95 % |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
