@@ -118,6 +118,11 @@ def _untried(policy: Policy) -> Iterator[str]:
         yield f"attacks written against {stage}"
     if missing := [each for each in get_args(Precision) if each not in policy.precisions]:
         yield f"precisions {', '.join(missing)}"
+    if packed := [each for each in policy.precisions if each in {"int8", "nf4"}]:
+        yield (
+            f"adapters on packed {' and '.join(packed)} weights (QLoRA): attacked were the same "
+            "weights, rounded and dequantized"
+        )
     yield (
         f"budgets beyond {budget.limit:g} {budget.unit}, but for the best "
         f"{policy.red_team.long_run_best} of the listed attacks, run to "
