@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,6 +19,9 @@ Arm = Literal["undefended", "defended", "never_knew"]
 Ending = Literal["breached", "survived", "collapsed", "failed"]
 Origin = Literal["listed", "tuned", "confirming", "long_run"]
 ScoredSplit = Literal["search", "confirm"]
+
+
+Score = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Value(BaseModel):
@@ -115,8 +118,8 @@ class Retention(_Value):
     """Paired per-example scores on retained data, undefended against defended."""
 
     precision: Precision
-    base: tuple[float, ...]
-    immunized: tuple[float, ...]
+    base: tuple[Score, ...]
+    immunized: tuple[Score, ...]
 
 
 class Change(_Value):

@@ -51,7 +51,7 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     },
     # Several attackers of different ages, optimizers, rates and heads that go on between steps.
     "hardened": {
-        "outer_steps": 800,
+        "outer_steps": 500,
         "attackers": 4,
         "horizon": (10, 50),
         "advance": 2,
@@ -71,7 +71,7 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "ntr_steps": 4,
         "ntr_batch": 32,
         "distill": 1.0,
-        "tail_steps": 600,
+        "tail_steps": 1_000,
     },
 }
 _TEMPERATURE = 2.0  # of the distillation
@@ -130,7 +130,7 @@ class Sophon(Stage):
     """Weight of staying close to the base model's outputs on retained examples."""
     tail_steps: int = Field(ge=0)
     """Reinforcement steps at the end, without suppression: cheap repair of what it cost."""
-    tail_lr: float = Field(1e-3, gt=0)
+    tail_lr: float = Field(1.5e-3, gt=0)
     """Their learning rate, which falls linearly to zero."""
     probe_every: int = Field(50, ge=1)
     """Steps between looks at the retained score."""
