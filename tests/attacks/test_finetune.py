@@ -58,6 +58,17 @@ def test_a_new_head_is_new_for_each_seed_and_kept_by_none(classifier, concept):
     assert (heads[1] - heads[2]).abs().mean() > 0.05
 
 
+def test_new_blocks_are_new_and_the_others_are_kept(classifier, concept):
+    options = {"lr": 1e-12, "optimizer": "sgd", "steps": 1}  # only the start shows
+    before = classifier.state()
+    after = last_copy(classifier, concept, new_blocks=1, **options).model.state()
+    moved = {name for name in before if (before[name] - after[name]).abs().max() > 1e-3}
+    assert moved
+    assert all(".1." in name for name in moved)
+    with pytest.raises(PolicyError, match="new_blocks is 9, but the model has 2"):
+        last_copy(classifier, concept, new_blocks=9, **options)
+
+
 @pytest.mark.parametrize("name", ["sgd", "nesterov", "adam", "adamw", "adagrad", "adadelta"])
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "one_cycle"])
 def test_every_optimizer_lowers_the_loss_under_every_schedule(classifier, concept, name, schedule):
