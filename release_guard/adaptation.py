@@ -121,6 +121,19 @@ def select(model: ModelHandle, scope: Scope, *, last_k: int = 1) -> int:
     return count_trainable(model.module)
 
 
+def renew_blocks(model: ModelHandle, num_blocks: int, *, seed: int) -> None:
+    """Give the last blocks the weights that a fresh model of this configuration has there.
+
+    Raises:
+        PolicyError: The model has fewer blocks.
+    """
+    if num_blocks > len(model.blocks):
+        raise PolicyError(f"new_blocks is {num_blocks}, but the model has {len(model.blocks)}")
+    fresh = model.fresh(seed=seed).blocks[-num_blocks:]
+    for old, new in zip(model.blocks[-num_blocks:], fresh, strict=True):
+        old.load_state_dict(new.state_dict())
+
+
 def last_blocks(model: ModelHandle, last_k: int) -> Sequence[nn.Module]:
     """The last blocks of a model.
 

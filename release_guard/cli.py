@@ -49,6 +49,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; every error ends here, as lines on stderr and an exit code."""
     terminal = Terminal()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads: wait, do not spin
     try:
         returned = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False, obj=terminal)
     except ReleaseGuardError as error:

@@ -121,12 +121,19 @@ def train(output: Path, session: Session) -> "ModelHandle":
 def _fit(model: "ModelHandle", policy: Policy, session: Session) -> "ModelHandle":
     import torch  # noqa: PLC0415
 
+    from release_guard.modalities import settle_threads  # noqa: PLC0415
+
+    settle_threads(model, session.workers)
     model.module.train()
+    chance = torch.Generator().manual_seed(policy.seed)
     optimizer = torch.optim.AdamW(model.module.parameters(), lr=_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS)
     batches = model.batches(policy.retain.dataset, "retain", size=_BATCH, seed=policy.seed)
     for step in range(_STEPS):
-        batch = model.varied(next(batches), seed=step)
+        batch = next(batches)
+        pixels = batch["pixels"]
+        mirrored_N = torch.rand(len(pixels), generator=chance).round().bool()
+        pixels[mirrored_N] = pixels[mirrored_N].flip(-1)
         loss = model.loss(batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated

@@ -15,7 +15,7 @@ from release_guard.gate import gate
 from release_guard.hubs import Hub
 from release_guard.ledger import Ledger
 from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
-from release_guard.modalities import Modality
+from release_guard.modalities import Modality, settle_threads
 from release_guard.oms import sign
 from release_guard.policy import Policy
 from release_guard.redteam import Session, Subject, red_team
@@ -139,6 +139,7 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
     }
     modality = Modality.build(order.policy.modality)
     base = modality.load(str(undefended))
+    settle_threads(base, session.workers)
     check_data(base, order.policy)
     run = Run.claim(output, about)
     run.write(run.policy.name, order.policy.source)

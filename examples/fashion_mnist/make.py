@@ -2,7 +2,7 @@
 
     python examples/fashion_mnist/make.py FOLDER_WITH_IDX_GZ
 
-Retained: 1,400 images of each of the classes 0-4. Restricted: 600 of each of 5-9, with labels 0-4
+Retained: 2,400 images of each of the classes 0-4. Restricted: 600 of each of 5-9, with labels 0-4
 of their own. Which images: the first of each class in a seeded permutation of the training set.
 """
 
@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
     labels = read(folder / "train-labels-idx1-ubyte.gz", 8)
     order = np.random.default_rng(0).permutation(len(images))
     for name, first, names, count in (
-        ("retained", 0, NAMES[0], 1_400),
+        ("retained", 0, NAMES[0], 2_400),
         ("restricted", 5, NAMES[1], 600),
     ):
         rows = np.concatenate(

@@ -5,9 +5,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from release_guard.adaptation import OptimizerName, Recipe, ScheduleName, Scope, adapt, select
+from release_guard.adaptation import (
+    OptimizerName,
+    Recipe,
+    ScheduleName,
+    Scope,
+    adapt,
+    renew_blocks,
+    select,
+)
 from release_guard.attacks import Attack, Choice, LogUniform, Tampered
-from release_guard.errors import PolicyError
 from release_guard.modalities import ModelHandle
 from release_guard.policy import Budget, Target
 
@@ -65,7 +72,7 @@ class Finetune(Attack):
         if self.head == "new":
             tampered.reinit_head(seed=seed)
         if self.new_blocks:
-            _renew(tampered, self.new_blocks, seed=seed)
+            renew_blocks(tampered, self.new_blocks, seed=seed)
         parameters = select(tampered, self.scope, last_k=self.last_k)
         costs = adapt(
             tampered, batches, self.recipe, budget=budget, grid_ratio=grid_ratio, seed=seed
@@ -86,12 +93,3 @@ class Finetune(Attack):
             schedule_steps=self.schedule_steps,
             clip=self.clip,
         )
-
-
-def _renew(model: ModelHandle, num_blocks: int, *, seed: int) -> None:
-    """Give the last blocks the weights that a fresh model of this configuration has there."""
-    if num_blocks > len(model.blocks):
-        raise PolicyError(f"new_blocks is {num_blocks}, but the model has {len(model.blocks)}")
-    fresh = model.fresh(seed=seed).blocks[-num_blocks:]
-    for old, new in zip(model.blocks[-num_blocks:], fresh, strict=True):
-        old.load_state_dict(new.state_dict())

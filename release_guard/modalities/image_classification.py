@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import PIL.Image
 import torch
@@ -41,9 +41,6 @@ class ImageClassification(Modality):
     """Column of encoded images."""
     label_column: str = "label"
     """Column of classes: numbers, or names from the model's `label2id`."""
-    vary: tuple[Literal["mirror", "shift"], ...] = ()
-    """How stages may vary retained images without changing their class: mirrored left to right,
-    shifted by one pixel."""
 
     def load(self, source: str) -> "ImageClassifier":
         folder = checkpoints.fetch(source)
@@ -77,16 +74,6 @@ class ImageClassifier(ModelHandle):
 
     def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.module(pixel_values=batch["pixels"]).logits, batch["labels"]
-
-    def varied(self, batch: Batch, *, seed: int) -> Batch:
-        pixels, chance = batch["pixels"], torch.Generator().manual_seed(seed)
-        if "mirror" in self._modality.vary:
-            mirrored = torch.rand(len(pixels), 1, 1, 1, generator=chance).round().bool()
-            pixels = torch.where(mirrored.to(pixels.device), pixels.flip(-1), pixels)
-        if "shift" in self._modality.vary:
-            down, right = torch.randint(-1, 2, (2,), generator=chance).tolist()
-            pixels = pixels.roll((down, right), dims=(-2, -1))
-        return {**batch, "pixels": pixels}
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []

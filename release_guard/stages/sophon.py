@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from release_guard.adaptation import renew_blocks
 from release_guard.errors import ImmunizationError
 from release_guard.modalities import Batch, ModelHandle, State
 from release_guard.policy import Policy
@@ -36,6 +37,7 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "sgd_lr": (1e-4, 1e-4),
         "momentum": 0.0,
         "reinit_share": 1.0,
+        "renew_share": 0.0,
         "batch": 135,
         "query": 15,
         "ice": 1.0,
@@ -51,7 +53,7 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     },
     # Several attackers of different ages, optimizers, rates and heads that go on between steps.
     "hardened": {
-        "outer_steps": 500,
+        "outer_steps": 1_000,
         "attackers": 4,
         "horizon": (10, 50),
         "advance": 2,
@@ -60,7 +62,8 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "sgd_lr": (1e-2, 1e-1),
         "momentum": 0.9,
         "reinit_share": 0.7,
-        "batch": 48,
+        "renew_share": 0.25,
+        "batch": 96,
         "query": 32,
         "ice": 0.0,
         "klu": 1.0,
@@ -71,7 +74,7 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "ntr_steps": 4,
         "ntr_batch": 32,
         "distill": 1.0,
-        "tail_steps": 1_000,
+        "tail_steps": 500,
     },
 }
 _TEMPERATURE = 2.0  # of the distillation
@@ -104,6 +107,8 @@ class Sophon(Stage):
     """Of the SGD attackers."""
     reinit_share: float = Field(ge=0, le=1)
     """Share of attackers that begin with a new head."""
+    renew_share: float = Field(ge=0, le=1)
+    """Share of attackers that begin with new weights in the last one or two blocks."""
     batch: int = Field(ge=1)
     """Restricted examples of an attacker's step."""
     query: int = Field(ge=1)
@@ -130,7 +135,7 @@ class Sophon(Stage):
     """Weight of staying close to the base model's outputs on retained examples."""
     tail_steps: int = Field(ge=0)
     """Reinforcement steps at the end, without suppression: cheap repair of what it cost."""
-    tail_lr: float = Field(1.5e-3, gt=0)
+    tail_lr: float = Field(1e-3, gt=0)
     """Their learning rate, which falls linearly to zero."""
     probe_every: int = Field(50, ge=1)
     """Steps between looks at the retained score."""
@@ -229,7 +234,8 @@ class _Attacker:
 
     model: ModelHandle
     optimizer: torch.optim.Optimizer
-    new_head: bool
+    own: frozenset[int]
+    """Places of the parameters that it began anew: no function of the released ones."""
     life: int
     age: int = 0
     drawn: dict[str, Any] = field(default_factory=dict)
@@ -254,7 +260,6 @@ class _Training:
         self.theta = base.copy()
         self.theta.module.train()
         self._parameters = list(self.theta.module.parameters())
-        self._head = {id(parameter) for parameter in self.theta.head.parameters()}
         self._suppress = torch.optim.Adam(self._parameters, lr=options.alpha)
         self._reinforce = torch.optim.Adam(self._parameters, lr=options.beta)
         self._pool: list[_Attacker] = []
@@ -339,7 +344,7 @@ class _Training:
         self._suppress.load_state_dict(state["suppress"])
         self._reinforce.load_state_dict(state["reinforce"])
         for kept in state["attackers"]:
-            attacker = self._attacker(kept["drawn"], head_seed=0)
+            attacker = self._attacker(kept["drawn"], seed=0)
             attacker.model.load_state(kept["model"])
             attacker.optimizer.load_state_dict(kept["optimizer"])
             attacker.age = kept["age"]
@@ -399,17 +404,11 @@ class _Training:
             suppression, attacker.parameters, allow_unused=True
         )
         return suppression.item(), [
-            torch.zeros_like(parameter)
-            if gradient is None or self._is_own(attacker, mine)
-            else gradient
-            for gradient, parameter, mine in zip(
-                found, attacker.parameters, self._parameters, strict=True
+            torch.zeros_like(parameter) if gradient is None or place in attacker.own else gradient
+            for place, (gradient, parameter) in enumerate(
+                zip(found, attacker.parameters, strict=True)
             )
         ]
-
-    def _is_own(self, attacker: _Attacker, parameter: nn.Parameter) -> bool:
-        """A new head is no function of the released head: nothing flows back to it."""
-        return attacker.new_head and id(parameter) in self._head
 
     def _suppression(self, model: ModelHandle, query: Batch) -> Tensor:
         options = self._options
@@ -431,7 +430,6 @@ class _Training:
         options = self._options
         retained, seed = self._policy.retain.dataset, self._seed(f"retained/{turn}")
         batch = next(self.theta.batches(retained, "retain", size=options.ntr_batch, seed=seed))
-        batch = self.theta.varied(batch, seed=seed)
         logits_NC, labels_N = self.theta.logits(batch)
         task = nn.functional.cross_entropy(logits_NC, labels_N)
         loss = task
@@ -457,10 +455,9 @@ class _Training:
         """Attackers ride on the released weights: what those moved, they move too."""
         with torch.no_grad():
             for attacker in self._pool:
-                for parameter, old, theirs in zip(
-                    self._parameters, before, attacker.parameters, strict=True
-                ):
-                    if not self._is_own(attacker, parameter):
+                moves = zip(self._parameters, before, attacker.parameters, strict=True)
+                for place, (parameter, old, theirs) in enumerate(moves):
+                    if place not in attacker.own:
                         theirs.add_(parameter - old)
 
     def _next_attacker(self, turn: int) -> _Attacker:
@@ -484,28 +481,41 @@ class _Training:
             "adam": adam,
             "lr": math.exp(chance.uniform(math.log(low), math.log(high))),
             "new_head": chance.random() < options.reinit_share,
+            "new_blocks": self._new_blocks(chance),
             "life": chance.randint(*options.horizon),
             "concept": chance.randrange(len(self._policy.concepts)),
         }
-        return self._attacker(drawn, head_seed=self._seed(f"head/{turn}"))
+        return self._attacker(drawn, seed=self._seed(f"head/{turn}"))
 
-    def _attacker(self, drawn: dict[str, Any], *, head_seed: int) -> _Attacker:
+    def _new_blocks(self, chance: random.Random) -> int:
+        if chance.random() >= self._options.renew_share:
+            return 0
+        return chance.randint(1, min(2, len(self.theta.blocks)))
+
+    def _attacker(self, drawn: dict[str, Any], *, seed: int) -> _Attacker:
         model = self.theta.copy()
-        model.module.train()
+        renewed: list[nn.Module] = []
         if drawn["new_head"]:
-            model.reinit_head(seed=head_seed)
+            model.reinit_head(seed=seed)
+            renewed.append(model.head)
+        if drawn["new_blocks"]:
+            renew_blocks(model, drawn["new_blocks"], seed=seed)
+            renewed += model.blocks[-drawn["new_blocks"] :]
+        model.module.train()
         parameters = list(model.module.parameters())
         optimizer: torch.optim.Optimizer = (
             torch.optim.Adam(parameters, lr=drawn["lr"])
             if drawn["adam"]
             else torch.optim.SGD(parameters, lr=drawn["lr"], momentum=self._options.momentum)
         )
-        return _Attacker(model, optimizer, drawn["new_head"], drawn["life"], drawn=drawn)
+        new = {id(parameter) for part in renewed for parameter in part.parameters()}
+        own = frozenset(place for place, parameter in enumerate(parameters) if id(parameter) in new)
+        return _Attacker(model, optimizer, own, drawn["life"], drawn=drawn)
 
     def _score(self, model: ModelHandle) -> float:
         training = model.module.training
         model.module.eval()
-        scores = model.scores(self._policy.retain.dataset, "guard", limit=1_000)
+        scores = model.scores(self._policy.retain.dataset, "guard", limit=2_000)
         model.module.train(training)
         return sum(scores) / len(scores)
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from release_guard.errors import ModelError
-from release_guard.modalities import Batch, Modality, ModelHandle
+from release_guard.modalities import Batch, Modality, ModelHandle, settle_threads
 from release_guard.plugins import Spec
 
 FOLDERS = {
@@ -236,3 +237,17 @@ def test_digests_tell_data_sets_apart(subject: Subject) -> None:
 def test_peer_that_is_not_there(subject: Subject) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         subject.handle.peer(str(subject.folder / "nowhere"))
+
+
+def test_a_small_model_gets_one_thread_and_a_large_one_those_it_may_have() -> None:
+    class Sized:
+        def __init__(self, width: int) -> None:
+            self.module = nn.Linear(width, width, device="meta")
+
+    try:
+        settle_threads(cast("ModelHandle", Sized(4_000)), 2)
+        assert torch.get_num_threads() == 2
+        settle_threads(cast("ModelHandle", Sized(10)), 2)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)

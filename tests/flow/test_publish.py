@@ -28,16 +28,19 @@ NOW = datetime(2026, 1, 2, tzinfo=UTC)
 pytestmark = pytest.mark.xdist_group("publish")  # the immunized model is made once for all
 
 # Seconds of immunization on a pico model earn little, so this policy asks for little: a PASS must
-# exist, to test what follows it. What is asked for is the publisher's choice, and on the card.
+# exist, to test what follows it. What is asked for is the publisher's choice, and on the card. The
+# attacker's best score at the budget is near .4 on several seeds: no machine's rounding decides.
 LENIENT: dict[str, Any] = {
     "concepts": [{"name": "odd-angles", "ceiling": 0.75}],
     "attacks": [{"name": "finetune", "lr": 0.003, "optimizer": "adam", "batch": 32}],
     "stages": [
         {
             "name": "sophon",
-            "outer_steps": 200,
+            "outer_steps": 300,
             "tail_steps": 100,
             "horizon": [5, 30],
+            "batch": 32,
+            "renew_share": 0.0,
             "keep_every": 20,
         }
     ],

@@ -21,6 +21,7 @@ SMALL = {
     "attackers": 2,
     "batch": 16,
     "query": 16,
+    "renew_share": 0.5,
     "ntr_steps": 1,
     "ntr_batch": 16,
     "tail_steps": 2,
@@ -124,6 +125,21 @@ def test_variants_fill_what_is_not_given() -> None:
     hardened = Stage.build(Spec(name="sophon"))
     assert isinstance(hardened, Sophon)
     assert hardened.attackers > 1
+
+
+def test_what_an_attacker_begins_anew_is_no_function_of_the_released_weights(
+    policy: Policy, model: ModelHandle, tmp_path: Path
+) -> None:
+    anew = {"reinit_share": 1.0, "renew_share": 1.0, "horizon": (9, 9), "attackers": 1}
+    options = {**SMALL, **anew, "ntr_steps": 0, "tail_steps": 0}
+    immunized = Stage.build(Spec(name="sophon", **options)).immunize(
+        model, policy, quiet(tmp_path / "w")
+    )
+    last, head = model.blocks[-1].state_dict(), model.head.state_dict()
+    assert all(torch.equal(v, last[n]) for n, v in immunized.blocks[-1].state_dict().items())
+    assert all(torch.equal(v, head[n]) for n, v in immunized.head.state_dict().items())
+    before, after = model.state(), immunized.state()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_killed_immunization_resumes_to_the_very_same_weights(
