@@ -79,7 +79,8 @@ def publish(order: Order, output: Path, session: Session) -> Published:
     evidence = attack(subject, run, policy, session)
     verdict = gate(evidence, policy)
     identity = "none (dry run)" if order.dry_run else signer.identity
-    publication = Publication(order.repo, hub.address(order.repo), identity)
+    base_model = hub_id(order.base or order.source)
+    publication = Publication(order.repo, hub.address(order.repo), identity, base_model)
     candidate = pack(order, run, evidence, verdict, publication)
     if not verdict.passed or order.dry_run:
         return Published(verdict, candidate, evidence, None)
@@ -236,6 +237,11 @@ def local_folder(source: str) -> Path:
             f"{source}: no such folder; for a model of the Hub write OWNER/NAME@REVISION"
         )
     return _fetch(name, revision)
+
+
+def hub_id(source: str) -> str | None:
+    """`OWNER/NAME` of a source that is not a folder here."""
+    return None if Path(source).is_dir() else source.partition("@")[0]
 
 
 def _fetch(name: str, revision: str) -> Path:

@@ -68,13 +68,13 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "ice": 0.0,
         "klu": 1.0,
         "probe": 1.0,
-        "alpha": 3e-3,
+        "alpha": 2.5e-3,
         "beta": 2e-3,
         "final_lr": 0.1,
         "ntr_steps": 4,
         "ntr_batch": 32,
         "distill": 1.0,
-        "tail_steps": 500,
+        "tail_steps": 1_000,
     },
 }
 _TEMPERATURE = 2.0  # of the distillation

@@ -16,7 +16,7 @@ import pytest
 from release_guard.errors import IntegrityError, ModelError, PolicyError
 from release_guard.manifest import DirectoryTree, hash_directory
 from release_guard.policy import Policy
-from release_guard.publish import Order, publish
+from release_guard.publish import Order, hub_id, publish
 from release_guard.redteam import Session
 from release_guard.release import Result
 from release_guard.signers.key import Key, generate_key
@@ -241,6 +241,11 @@ def test_a_language_model_goes_the_same_way(
     assert done.verdict.result is Result.FAIL, "an unchanged model never passes"
     assert "never_knew" in done.evidence.unavailable
     assert all(strength.sigma is None for strength in done.verdict.strengths)
+
+
+def test_a_model_of_the_hub_is_named_as_base_and_a_folder_is_not(tmp_path: Path) -> None:
+    assert hub_id("acme/vit@1a2b3c") == "acme/vit"
+    assert hub_id(str(tmp_path)) is None
 
 
 CHILD = """
