@@ -1,21 +1,17 @@
-"""One attack fine-tune against the same work in `transformers.Trainer`, interleaved in one run.
+"""One attack fine-tune against the same work in `transformers.Trainer`, in turns.
 
-python benchmarks/attack_vs_trainer.py [--steps 120] [--repeats 7]
+python -m benchmarks attack_vs_trainer
 
 Same model (ViT, width 64, 4 layers, patches of 7, random weights), same images, batches of 64,
 fused AdamW, one thread, neither evaluates, logs or saves. Reading the data is not timed. Wall and
 CPU seconds: other work on the machine moves the first, hardly the second.
 """
 
-import argparse
-import json
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
@@ -26,44 +22,55 @@ import torch
 import transformers
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
+from benchmarks._common import Time, in_turns, machine, median, ratios, record, spread, table
 from release_guard.attacks import Attack
 from release_guard.modalities import Modality, ModelHandle
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Concept
 
-RESULTS = Path(__file__).parent / "results" / "attack_vs_trainer.json"
+TITLE = "One attack against transformers.Trainer"
 SIDE, CLASSES, IMAGES, BATCH, RATE, SEED = 28, 10, 3000, 64, 1e-3, 0
-
-
-class Time(NamedTuple):
-    """Seconds."""
-
-    wall: float
-    cpu: float
-
-    @classmethod
-    def of(cls, work: Callable[[], Any]) -> tuple["Time", Any]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = work()
-        return cls(time.perf_counter() - wall, time.process_time() - cpu), result
+STEPS, ROUNDS, TARGET = 120, 7, 1.0
+OURS, THEIRS = "release-guard attack", "transformers.Trainer"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
+    about = machine("torch", "transformers")
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         model, concept = setting(Path(folder))
         contestants = {
-            "release-guard attack": lambda: attack(model, concept, options.steps),
-            "transformers.Trainer": lambda: trainer(model, concept, options.steps, folder),
+            OURS: lambda: attack(model, concept, STEPS),
+            THEIRS: lambda: trainer(model, concept, STEPS, folder),
         }
-        times = interleaved(contestants, options.repeats)
-    report(times, options.steps, options.repeats)
+        times = in_turns(contestants, ROUNDS)
+    result = {"seeds": [SEED], "machine": about, "steps": STEPS, "batch": BATCH, "times": times}
+    record("attack_vs_trainer", result, markdown(result))
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    steps = result["steps"]
+    times = {name: [Time(*taken) for taken in some] for name, some in result["times"].items()}
+    rows = [
+        [name, *_spreads(some), f"{1000 * median(some).cpu / steps:.1f}"]
+        for name, some in times.items()
+    ]
+    found = ratios(times[OURS], times[THEIRS])
+    rows.append(["ratio", *_spreads(found), ""])
+    header = [f"{steps} steps of {result['batch']}", "wall s", "CPU s", "CPU ms a step"]
+    ratio = median(found)
+    met = "met" if max(ratio) <= TARGET else "MISSED"
+    return (
+        f"{table(header, rows)}\n\nMedian (range) of {len(found)} rounds in turns, one thread "
+        f"each. Target: at most {TARGET:.1f} times the Trainer's time; {met} (wall "
+        f"{ratio.wall:.2f}, CPU {ratio.cpu:.2f})."
+    )
+
+
+def _spreads(times: list[Time]) -> list[str]:
+    return [spread(values) for values in zip(*times, strict=True)]
 
 
 def setting(folder: Path) -> tuple[ModelHandle, Concept]:
@@ -137,50 +144,6 @@ def check(model: ModelHandle, concept: Concept, done: int, steps: int) -> None:
     scores = model.scores(concept.dataset, "search", limit=200)
     if done != steps or sum(scores) < 0.9 * len(scores):
         raise SystemExit(f"{done} of {steps} steps, {sum(scores)} of {len(scores)} right")
-
-
-def interleaved(contestants: dict[str, Callable[[], Time]], repeats: int) -> dict[str, list[Time]]:
-    """Times of each; the first round warms up and does not count, the order alternates."""
-    times: dict[str, list[Time]] = {name: [] for name in contestants}
-    for repeat in range(repeats + 1):
-        order = list(contestants) if repeat % 2 else list(reversed(contestants))
-        for name in order:
-            taken = contestants[name]()
-            if repeat:
-                times[name].append(taken)
-    return times
-
-
-def report(times: dict[str, list[Time]], steps: int, repeats: int) -> None:
-    print(f"| {steps} steps, median (range) of {repeats} | wall s | CPU s | CPU ms a step |")
-    print("|---|---|---|---|")
-    for name, taken in times.items():
-        wall, cpu = zip(*taken, strict=True)
-        step = 1000 * statistics.median(cpu) / steps
-        print(f"| {name} | {spread(wall)} | {spread(cpu)} | {step:.1f} |")
-    ours, theirs = times.values()
-    ratios = [
-        Time(one.wall / other.wall, one.cpu / other.cpu)
-        for one, other in zip(ours, theirs, strict=True)
-    ]
-    wall, cpu = zip(*ratios, strict=True)
-    print(f"| ratio | {spread(wall)} | {spread(cpu)} | |")
-    result = {
-        "steps": steps,
-        "batch": BATCH,
-        "seed": SEED,
-        "seconds": {name: [taken._asdict() for taken in some] for name, some in times.items()},
-        "ratio": {"wall": statistics.median(wall), "cpu": statistics.median(cpu)},
-        "target": "ratio <= 1.0",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

@@ -1,62 +1,76 @@
 """How often the gate itself is wrong: simulated red teams, no training.
 
-Prints a Markdown table and writes it as JSON. Run from the repository root:
-`python benchmarks/gate_error_rates.py [GATES]`.
+python -m benchmarks gate_error_rates
 """
 
-import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from gate_simulation import SCENARIOS, simulate  # noqa: E402
+from gate_simulation import SCENARIOS, simulate
 
-from release_guard.release import Result  # noqa: E402
-from release_guard.statistics import clopper_pearson  # noqa: E402
+from benchmarks._common import machine, record, table
+from release_guard.release import Result
+from release_guard.statistics import clopper_pearson
 
-RESULTS = ROOT / "benchmarks" / "results" / "gate_error_rates.json"
-SEED = 20260101
+TITLE = "How often the gate is wrong"
+GATES, SEED, MOST = 500, 20260101, 0.05
 
 
-def main(gates: int) -> None:
-    started, rows = time.perf_counter(), []
+def main() -> None:
+    about, started, rows = machine("numpy"), time.perf_counter(), []
     for truth in SCENARIOS:
-        counts = simulate(truth, gates=gates, seed=SEED)
+        counts = simulate(truth, gates=GATES, seed=SEED)
         errors = counts[truth.wrong]
-        bound = clopper_pearson(errors, gates)[1]
         rows.append(
             {
                 "scenario": truth.name,
                 "seeds": f"{truth.searched} + {truth.seeds}",
-                "gates": gates,
+                "gates": GATES,
                 **{result.value: counts[result] for result in Result},
                 "wrong": truth.wrong.value,
-                "rate": errors / gates,
-                "upper95": round(bound, 4),
+                "rate": errors / GATES,
+                "upper95": round(clopper_pearson(errors, GATES)[1], 4),
             }
         )
-    print(_table(rows))
-    RESULTS.parent.mkdir(exist_ok=True)
-    about = {"seed": SEED, "seconds": round(time.perf_counter() - started, 1), "rows": rows}
-    RESULTS.write_text(json.dumps(about, indent=2) + "\n")
+    seconds = round(time.perf_counter() - started, 1)
+    result = {"seeds": [SEED], "machine": about, "seconds": seconds, "rows": rows}
+    record("gate_error_rates", result, markdown(result))
 
 
-def _table(rows: list[dict[str, object]]) -> str:
-    lines = [
-        "| truth | search + fresh | PASS | FAIL | INCONCLUSIVE | error | rate | upper 95 % |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['scenario']} | {row['seeds']} | {row['pass']} | {row['fail']} "
-        f"| {row['inconclusive']} | {str(row['wrong']).upper()} | {row['rate']:.1%} "
-        f"| {row['upper95']:.1%} |"
+def markdown(result: Mapping[str, Any]) -> str:
+    rows = result["rows"]
+    header = ["truth", "seeds (search + fresh)", *(kind.upper() for kind in Result)]
+    header += ["error", "rate", "upper 95 %"]
+    cells = [
+        [
+            row["scenario"],
+            row["seeds"],
+            *(str(row[kind.value]) for kind in Result),
+            row["wrong"].upper(),
+            f"{row['rate']:.1%}",
+            f"{row['upper95']:.1%}",
+        ]
         for row in rows
     ]
-    return "\n".join(lines)
+    return (
+        f"{table(header, cells)}\n\nMade-up models of known truth, {rows[0]['gates']} simulated "
+        "red teams a row, judged by the real gate. `error` is the verdict that would be wrong. "
+        "INCONCLUSIVE refuses: of a sound model that is a cost, not an error. "
+        f"Target: at most {MOST:.0%}. Measured above it: {_above(rows, 'rate')}. "
+        f"Upper bound above it: {_above(rows, 'upper95')}. What this says of real attacks depends "
+        "on how like these models real ones are."
+    )
+
+
+def _above(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    names = [f"{row['scenario']} ({row['seeds']} seeds)" for row in rows if row[key] > MOST]
+    return "; ".join(names) or "none"
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 500)
+    main()

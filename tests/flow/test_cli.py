@@ -146,7 +146,7 @@ def test_python_m() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "release_guard", "policy", "schema", "--json"],
         capture_output=True,
-        timeout=60,
+        timeout=120,
         check=True,
     )
 
@@ -519,7 +519,7 @@ def test_interrupted_runs_go_on(policy_file: Path, classifier_folder: Path) -> N
     )
     workers = _children_of(process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
 
     assert process.returncode == 130
     assert out == ""

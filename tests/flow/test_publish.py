@@ -29,7 +29,7 @@ pytestmark = pytest.mark.xdist_group("publish")  # the immunized model is made o
 
 # Seconds of immunization on a pico model earn little, so this policy asks for little: a PASS must
 # exist, to test what follows it. What is asked for is the publisher's choice, and on the card. The
-# attacker's best score at the budget is near .4 on several seeds: no machine's rounding decides.
+# attacker's best score at the budget was below .35 on three seeds: no machine's rounding decides.
 LENIENT: dict[str, Any] = {
     "concepts": [{"name": "odd-angles", "ceiling": 0.75}],
     "attacks": [{"name": "finetune", "lr": 0.003, "optimizer": "adam", "batch": 32}],
@@ -37,7 +37,8 @@ LENIENT: dict[str, Any] = {
         {
             "name": "sophon",
             "outer_steps": 300,
-            "tail_steps": 100,
+            "tail_steps": 60,
+            "alpha": 4e-3,
             "horizon": [5, 30],
             "batch": 32,
             "renew_share": 0.0,
@@ -53,7 +54,7 @@ LENIENT: dict[str, Any] = {
         "confirm_examples": 140,
     },
     "gate": {"mandatory": ["finetune"], "kappa": 1.2, "kappa_lower": 1.0},
-    "retain": {"margin": 0.1},
+    "retain": {"margin": 0.2},
 }
 
 
