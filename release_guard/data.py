@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -175,12 +176,18 @@ class Catalogue:
         Raises:
             ModelError: The split is empty.
         """
-        low, high = _INTERVALS[split]
-        rows = [row for row in self.order if low <= _position(self.contents[row]) < high]
-        if not rows:
+        if not (rows := self._splits[split]):
             have = f"none of its {len(self.order)} examples"
             raise ModelError(f"{self.source}: {have} falls into {split!r}; add examples")
         return rows
+
+    @cached_property
+    def _splits(self) -> dict[Split, list[int]]:
+        places = [(row, _position(self.contents[row])) for row in self.order]
+        return {
+            split: [row for row, place in places if low <= place < high]
+            for split, (low, high) in _INTERVALS.items()
+        }
 
     def batches(self, split: Split, *, size: int, seed: int) -> Iterator[list[int]]:
         """Endless batches of `size` row numbers, shuffled anew each pass.
@@ -227,6 +234,12 @@ def _position(content: bytes) -> float:
 def _batches(rows: Sequence[int], size: int, seed: int) -> Iterator[list[int]]:
     shuffler = random.Random(seed)  # noqa: S311  order of training data, not a secret
     while True:
-        shuffled = shuffler.sample(rows, len(rows))
-        for start in range(0, len(rows) - size + 1, size):
-            yield shuffled[start : start + size]
+        left = list(rows)  # drawn from as it is needed: most callers want one batch
+        for _ in range(len(rows) // size):
+            yield [_draw(left, shuffler) for _ in range(size)]
+
+
+def _draw(left: list[int], shuffler: random.Random) -> int:
+    place = shuffler.randrange(len(left))
+    left[place], left[-1] = left[-1], left[place]
+    return left.pop()

@@ -53,7 +53,7 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     },
     # Several attackers of different ages, optimizers, rates and heads that go on between steps.
     "hardened": {
-        "outer_steps": 1_000,
+        "outer_steps": 1_400,
         "attackers": 4,
         "horizon": (10, 50),
         "advance": 2,
@@ -260,8 +260,8 @@ class _Training:
         self.theta = base.copy()
         self.theta.module.train()
         self._parameters = list(self.theta.module.parameters())
-        self._suppress = torch.optim.Adam(self._parameters, lr=options.alpha)
-        self._reinforce = torch.optim.Adam(self._parameters, lr=options.beta)
+        self._suppress = torch.optim.Adam(self._parameters, lr=options.alpha, fused=True)
+        self._reinforce = torch.optim.Adam(self._parameters, lr=options.beta, fused=True)
         self._pool: list[_Attacker] = []
         self._start_score = self._score(self._base)
         self._good: State | None = None
@@ -504,7 +504,7 @@ class _Training:
         model.module.train()
         parameters = list(model.module.parameters())
         optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam(parameters, lr=drawn["lr"])
+            torch.optim.Adam(parameters, lr=drawn["lr"], fused=True)
             if drawn["adam"]
             else torch.optim.SGD(parameters, lr=drawn["lr"], momentum=self._options.momentum)
         )
