@@ -17,9 +17,11 @@ from release_guard.errors import IntegrityError, PolicyError, ReleaseGuardError
 from release_guard.terminal import Terminal
 
 if TYPE_CHECKING:
+    from release_guard.evidence import Evidence
     from release_guard.manifest import Tree
     from release_guard.policy import Policy
     from release_guard.redteam import Session
+    from release_guard.release import Verdict
 
 PROGRAM = "release-guard"
 _REFUSED, _INTERRUPTED = 3, 130
@@ -40,6 +42,7 @@ Environment:
   RELEASE_GUARD_SIGNING_KEY   private key: a path, or the PEM itself
   RELEASE_GUARD_KEY_PASSWORD  its password
   HF_TOKEN, HF_ENDPOINT       token and address of the Hugging Face Hub
+  GITHUB_STEP_SUMMARY         a file that gets the verdict as Markdown (set by GitHub Actions)
   NO_COLOR, FORCE_COLOR       no colours; colours where there is no terminal
 """
 
@@ -182,6 +185,7 @@ def publish(  # noqa: PLR0913  click hands over one argument an option
         "report": str(report),
         "release": str(folder),
     }
+    _step_summary(terminal, verdict, published.evidence, policy)
     terminal.data(receipt.url if receipt else "", document)
     return 0 if verdict.passed else _REFUSED
 
@@ -212,6 +216,7 @@ def attack(
     assessed = assess(order, output or _runs(source, "attack-"), _session(terminal, workers))
     for line in outcome.verdict_lines(assessed.verdict, policy):
         terminal.say(line)
+    _step_summary(terminal, assessed.verdict, assessed.evidence, policy)
     document = outcome.verdict_document(assessed.verdict, assessed.evidence)
     terminal.data(str(assessed.report), {**document, "report": str(assessed.report)})
     return 0 if assessed.verdict.passed else _REFUSED
@@ -449,6 +454,22 @@ def _now() -> Any:
     from datetime import UTC, datetime  # noqa: PLC0415
 
     return datetime.now(UTC)
+
+
+def _step_summary(
+    terminal: Terminal, verdict: "Verdict", evidence: "Evidence", policy: "Policy"
+) -> None:
+    """What the page of a workflow's run shows, where there is one; it changes no outcome."""
+    from release_guard.blocks import summary  # noqa: PLC0415
+
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not path:
+        return
+    try:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(summary(evidence, verdict, policy))
+    except OSError as error:
+        terminal.say(f"GITHUB_STEP_SUMMARY: {error}")
 
 
 def _surroundings() -> dict[str, str]:

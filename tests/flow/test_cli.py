@@ -442,10 +442,13 @@ def story(
         said["attack"] = say("attack", *common, "--json")
         said["plan again"] = say("plan", *common, "--as-is", "--json")
         said["publish"] = say(*publish, "-q", "--json")
-        said["publish again"] = say(*publish)
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("GITHUB_STEP_SUMMARY", str(folder / "summary.md"))
+            said["publish again"] = say(*publish)
         (folder / "policy.toml").write_text(text + "\n")
         said["another policy"] = say(*publish)
         said["hub"] = Said(int(Path("hub").exists()), "", "", b"")
+        said["summary"] = Said(0, Path("summary.md").read_text(), "", b"")
     return said
 
 
@@ -495,6 +498,14 @@ def test_refusal_says_why_first_then_what_to_do(story: Mapping[str, Said]) -> No
     assert told[-2] == "nothing was published"
     assert told[-1].startswith("next: ")
     assert story["hub"].code == 0
+
+
+def test_workflow_page_gets_the_verdict_once(story: Mapping[str, Said]) -> None:
+    text = story["summary"].out
+
+    assert text.startswith("**FAIL**: ")
+    assert text.count("**FAIL**") == 1
+    assert "- FAIL `controls/changed`: " in text
 
 
 def test_nothing_is_tried_twice(story: Mapping[str, Said]) -> None:
