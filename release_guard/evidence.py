@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,9 +15,9 @@ from release_guard.policy import Budget, Precision, Unit
 
 SUITE = "1.0"  # version of attacks, splits and rules together; part of every trial's key
 
-Arm = Literal["undefended", "defended", "never_knew"]
+Arm = Literal["undefended", "defended", "never_knew", "sham", "ancestor"]
 Ending = Literal["breached", "survived", "collapsed", "failed"]
-Origin = Literal["listed", "tuned", "confirming", "long_run"]
+Origin = Literal["listed", "tuned", "drawn", "searched", "confirming", "long_run"]
 ScoredSplit = Literal["search", "confirm"]
 
 
@@ -64,6 +64,7 @@ class Trial(_Value):
         grid_ratio: Ratio between the costs at which it is scored.
         weights: Payload root of the files attacked; of the configuration for fresh weights.
         data: Digest of the examples trained and scored on.
+        ancestor: Payload root of the public ancestor, if the attack uses it; else empty.
         suite: Version of attacks and rules.
     """
 
@@ -79,6 +80,7 @@ class Trial(_Value):
     grid_ratio: float
     weights: str
     data: str
+    ancestor: str = ""
     suite: str = SUITE
 
     @property
@@ -107,11 +109,22 @@ class Outcome(_Value):
 
 
 class Record(_Value):
-    """One line of the ledger and of the evidence."""
+    """One line of the ledger and of the evidence.
+
+    Attributes:
+        trial: What was tried.
+        outcome: What came of it.
+        origin: Why it was tried; only `drawn` supports a bound on configurations.
+        against: The stage the attack was written to break, if any.
+        surgical: Whether it brings back what is hidden and teaches nothing, so that a breach
+            counts without a control.
+    """
 
     trial: Trial
     outcome: Outcome
     origin: Origin
+    against: str | None = None
+    surgical: bool = False
 
 
 class Retention(_Value):
@@ -230,7 +243,7 @@ def select(
     arm: Arm,
     precision: Precision,
     target: str,
-    origins: Sequence[Origin] = ("listed", "tuned", "confirming", "long_run"),
+    origins: Sequence[Origin] = get_args(Origin),
 ) -> tuple[Record, ...]:
     """The records of one arm, precision and target, in the order of their keys."""
     found = (

@@ -1,5 +1,6 @@
 """Adversaries. An attack tampers with a copy; it never measures, and a handle never judges."""
 
+import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,16 @@ class Attack(Plugin):
 
     paper: ClassVar[str]
     against: ClassVar[str | None] = None
+    """The stage it was written to break, if any."""
     expense: ClassVar[int] = 1
     """Orders attacks, cheapest and most fatal first."""
+    surgical: ClassVar[bool] = False
+    """Brings back what is hidden, and teaches nothing: a breach counts by itself. It is not asked
+    to breach the undefended model first, and never says what that costs (no kappa)."""
+    needs_ancestor: ClassVar[bool] = False
+    """Whether it uses the public ancestor that the policy names."""
+    modalities: ClassVar[tuple[str, ...]] = ()
+    """Kinds of models it works on; none: all of them."""
 
     def targets(self, policy: Policy) -> Sequence[Target]:
         """What it attacks: every concept."""
@@ -55,10 +64,53 @@ class Attack(Plugin):
 
     @abstractmethod
     def tamper(
-        self, model: ModelHandle, target: Target, *, budget: Budget, grid_ratio: float, seed: int
+        self,
+        model: ModelHandle,
+        target: Target,
+        *,
+        budget: Budget,
+        grid_ratio: float,
+        seed: int,
+        ancestor: ModelHandle | None = None,
     ) -> Iterator[Tampered]:
         """Yield copies at costs that grow by about `grid_ratio`, the last one at the budget.
 
-        MUST leave `model` as it is and train only on the split `attack` of the target's data set.
-        A training-free attack yields once.
+        MUST leave `model` and `ancestor` as they are and train only on the split `attack` of the
+        target's data set. A training-free attack yields once.
         """
+
+
+class Transform(Attack):
+    """An attack without training: one changed copy, at no step. `chain` puts it before others."""
+
+    expense = 0
+    surgical = True
+
+    @abstractmethod
+    def transform(
+        self, model: ModelHandle, target: Target, *, seed: int, ancestor: ModelHandle | None
+    ) -> ModelHandle:
+        """The changed copy; MUST leave `model` and `ancestor` as they are.
+
+        Args:
+            model: The released model.
+            target: What is to come back; only its split `attack` may be read.
+            seed: Fixes every random choice.
+            ancestor: The public ancestor, for those that need it.
+        """
+
+    def tamper(
+        self,
+        model: ModelHandle,
+        target: Target,
+        *,
+        budget: Budget,
+        grid_ratio: float,
+        seed: int,
+        ancestor: ModelHandle | None = None,
+    ) -> Iterator[Tampered]:
+        del budget, grid_ratio  # it takes no step
+        started = time.perf_counter()
+        changed = self.transform(model, target, seed=seed, ancestor=ancestor)
+        seconds = time.perf_counter() - started
+        yield Tampered(changed, Cost(steps=0, samples=0, flops=0, seconds=seconds), parameters=0)

@@ -48,8 +48,16 @@ class LinearProbe(Attack):
     """Examples a step."""
 
     def tamper(
-        self, model: ModelHandle, target: Target, *, budget: Budget, grid_ratio: float, seed: int
+        self,
+        model: ModelHandle,
+        target: Target,
+        *,
+        budget: Budget,
+        grid_ratio: float,
+        seed: int,
+        ancestor: ModelHandle | None = None,
     ) -> Iterator[Tampered]:
+        del ancestor
         probe = self._probe(model.head)
         batches = model.batches(target.dataset, "attack", size=self.batch, seed=seed)
         tampered, meter = model.copy(), Meter(budget, grid_ratio)
