@@ -293,7 +293,7 @@ def _apply(
         session.progress(f"immunize: {stage.name}", done, steps, line)
 
     started = time.perf_counter()
-    immunized = stage.immunize(model, policy, Workspace(checkpoints, progress))
+    immunized = stage.immunize(model, policy, Workspace(checkpoints, progress, session.workers))
     report = StageReport(
         name=stage.name,
         paper=stage.paper,

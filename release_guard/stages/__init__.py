@@ -18,10 +18,12 @@ class Workspace:
     Attributes:
         directory: A folder of its own; what it writes there survives a kill and is offered again.
         progress: Called with steps done, steps in all, and a line of the stage's own losses.
+        workers: How many threads of its own it may keep busy.
     """
 
     directory: Path
     progress: Callable[[int, int, str], None]
+    workers: int = 1
 
 
 class Stage(Plugin):

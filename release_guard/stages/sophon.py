@@ -10,6 +10,7 @@ reinforcement, NTR). Shapes: N examples, C classes, F features.
 import math
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +19,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from release_guard.adaptation import renew_blocks
+from release_guard.adaptation import Randomness, renew_blocks
 from release_guard.errors import ImmunizationError
 from release_guard.modalities import Batch, ModelHandle, State
 from release_guard.policy import Policy
@@ -58,23 +59,23 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "horizon": (10, 50),
         "advance": 2,
         "adam_share": 0.8,
-        "adam_lr": (1e-3, 8e-3),
+        "adam_lr": (1e-3, 1e-2),
         "sgd_lr": (1e-2, 1e-1),
         "momentum": 0.9,
         "reinit_share": 0.7,
         "renew_share": 0.25,
-        "batch": 96,
+        "batch": 128,
         "query": 32,
         "ice": 0.0,
         "klu": 1.0,
         "probe": 1.0,
-        "alpha": 2.5e-3,
+        "alpha": 3.1e-3,
         "beta": 2e-3,
         "final_lr": 0.1,
         "ntr_steps": 4,
         "ntr_batch": 32,
         "distill": 1.0,
-        "tail_steps": 1_000,
+        "tail_steps": 1_200,
     },
 }
 _TEMPERATURE = 2.0  # of the distillation
@@ -155,17 +156,18 @@ class Sophon(Stage):
                 f"sophon: `probe` works up to {_MOST_PROBED} classes, this head has "
                 f"{model.head.out_features}; set probe = 0"
             )
-        training = _Training(self, model, policy)
-        training.resume(workspace.directory)
         steps = self.outer_steps + self.tail_steps
-        while training.step < steps:
-            line = training.advance()
-            if training.step % self.probe_every == 0 or training.step == steps:
-                training.guard()
-            if training.step % self.keep_every == 0:
-                training.keep(workspace.directory)
-            workspace.progress(training.step, steps, line)
-        return training.result()
+        with ThreadPoolExecutor(workspace.workers) as threads:
+            training = _Training(self, model, policy, threads)
+            training.resume(workspace.directory)
+            while training.step < steps:
+                line = training.advance()
+                if training.step % self.probe_every == 0 or training.step == steps:
+                    training.guard()
+                if training.step % self.keep_every == 0:
+                    training.keep(workspace.directory)
+                workspace.progress(training.step, steps, line)
+            return training.result()
 
     def measure(
         self, base: ModelHandle, immunized: ModelHandle, policy: Policy
@@ -252,8 +254,13 @@ class _Training:
     never interrupted.
     """
 
-    def __init__(self, options: Sophon, base: ModelHandle, policy: Policy) -> None:
+    def __init__(
+        self, options: Sophon, base: ModelHandle, policy: Policy, threads: ThreadPoolExecutor
+    ) -> None:
         self._options = options
+        self._threads = threads
+        self._spare_cores = torch.get_num_threads() == 1 and base.device.type == "cpu"
+        self._draws_nothing = False  # not known yet
         self._policy = policy
         self._base = base.copy()
         self._base.module.eval()
@@ -273,13 +280,8 @@ class _Training:
         Raises:
             ImmunizationError: The weights are not finite any more; the last checkpoint was before.
         """
-        options = self._options
-        tail = self.step - options.outer_steps
-        if tail < 0:
-            line = self._outer_step()
-        else:
-            retained = self._reinforce_once(options.tail_lr * (1 - tail / options.tail_steps))
-            line = f"retained loss {retained:.3f}"
+        with Randomness(self._seed("noise"), self.theta.device).used():  # what dropout draws
+            line = self._any_step()
         if not all(parameter.isfinite().all() for parameter in self._parameters):
             raise ImmunizationError(
                 f"sophon: the weights diverged at step {self.step + 1}; lower alpha or beta"
@@ -354,6 +356,14 @@ class _Training:
     def _about(self) -> str:
         return f"{self._policy.digest} {self._options.model_dump_json()}"
 
+    def _any_step(self) -> str:
+        options = self._options
+        tail = self.step - options.outer_steps
+        if tail < 0:
+            return self._outer_step()
+        retained = self._reinforce_once(options.tail_lr * (1 - tail / options.tail_steps))
+        return f"retained loss {retained:.3f}"
+
     def _outer_step(self) -> str:
         options = self._options
         fade = 1 + (options.final_lr - 1) * self.step / options.outer_steps
@@ -371,14 +381,17 @@ class _Training:
         options = self._options
         total = [torch.zeros_like(parameter) for parameter in self._parameters]
         losses = []
-        for turn in range(options.advance):
-            attacker = self._next_attacker(turn)
-            loss, gradients = self._attack_once(attacker, turn)
-            if not math.isfinite(loss):  # this attacker ruined itself; the next starts afresh
-                attacker.age = attacker.life
-                continue
-            losses.append(loss)
-            torch._foreach_add_(total, gradients)
+        for start in range(0, options.advance, options.attackers):  # each attacker once in a round
+            turns = range(start, min(start + options.attackers, options.advance))
+            attackers = [self._next_attacker(turn) for turn in turns]
+            for attacker, (loss, gradients) in zip(
+                attackers, self._attack_all(attackers, turns), strict=True
+            ):
+                if not math.isfinite(loss):  # it ruined itself; the next starts afresh
+                    attacker.age = attacker.life
+                    continue
+                losses.append(loss)
+                torch._foreach_add_(total, gradients)
         if not losses:
             return math.nan
         for parameter, gradient in zip(self._parameters, total, strict=True):
@@ -386,6 +399,21 @@ class _Training:
         nn.utils.clip_grad_norm_(self._parameters, options.clip)
         _step(self._suppress, rate)
         return sum(losses) / len(losses)
+
+    def _attack_all(
+        self, attackers: Sequence[_Attacker], turns: Sequence[int]
+    ) -> Sequence[tuple[float, list[Tensor]]]:
+        """One step of each, at once where one thread an operation leaves cores free.
+
+        Models that draw random numbers (dropout) share torch's one stream of them, so they step in
+        order; the first round finds out.
+        """
+        if self._spare_cores and self._draws_nothing:
+            return list(self._threads.map(self._attack_once, attackers, turns))
+        before = torch.get_rng_state()
+        found = list(map(self._attack_once, attackers, turns))
+        self._draws_nothing = torch.equal(before, torch.get_rng_state())
+        return found
 
     def _attack_once(self, attacker: _Attacker, turn: int) -> tuple[float, list[Tensor]]:
         """One attacker step, then the suppression loss and its gradient at the stepped weights."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pico
@@ -163,6 +164,21 @@ def test_a_killed_immunization_resumes_to_the_very_same_weights(
     resumed = stage.immunize(model, policy, workspace).state()
     assert steps == [5, 6]
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_attackers_that_step_at_once_change_nothing(
+    policy: Policy, model: ModelHandle, tmp_path: Path, dropout: float
+) -> None:
+    for part in model.module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = dropout
+    stage = Stage.build(Spec(name="sophon", **{**SMALL, "attackers": 3, "advance": 3}))
+    found = []
+    for workers in (1, 3):
+        workspace = replace(quiet(tmp_path / str(workers)), workers=workers)
+        found.append(stage.immunize(model, policy, workspace).state())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_a_checkpoint_of_other_options_is_not_resumed(
