@@ -131,13 +131,15 @@ def text_data(directory: Path, *, count: int = 900, seed: int = 0) -> Path:
     return directory
 
 
-def pico_lm(directory: Path, *, steps: int = 200, seed: int = 0, tied: bool = False) -> Path:
+def pico_lm(
+    directory: Path, *, steps: int = 200, seed: int = 0, tied: bool = False, width: int = 32
+) -> Path:
     """A Llama that copies three words and has never been asked to reverse them."""
     tokenizer = _word_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
