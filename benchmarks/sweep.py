@@ -29,7 +29,8 @@ from benchmarks._common import (
     spread,
     table,
 )
-from release_guard.engine import Engine, Job, run_trial
+from release_guard.engines import Job, run_trial
+from release_guard.engines.local import Local
 from release_guard.evidence import Evidence, Outcome
 from release_guard.modalities import Modality
 from release_guard.policy import Budget, Policy
@@ -171,7 +172,7 @@ def _by_workers(
     jobs: Sequence[Job], warming: Sequence[Job]
 ) -> tuple[dict[str, float], list[Outcome]]:
     """Start, one tiny trial a worker, then the work; seconds of both parts, outcomes in order."""
-    with Engine(WORKERS) as engine:
+    with Local(workers=WORKERS) as engine:
         start, _ = Time.of(lambda: list(engine.run(warming)))
         before = _cpu_of_workers()
         work, found = Time.of(lambda: list(engine.run(jobs)))

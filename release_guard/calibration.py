@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from release_guard.data import scored
-from release_guard.engine import Job, timed
+from release_guard.engines import Job, timed
 from release_guard.errors import ModelError
 from release_guard.evidence import Outcome, Trial
 from release_guard.ledger import Ledger

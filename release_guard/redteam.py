@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from release_guard import __version__
-from release_guard.engine import Engine, Job
+from release_guard.engines import Engine, Job
 from release_guard.errors import ModelError
 from release_guard.evidence import (
     Arm,
@@ -53,12 +53,19 @@ class Session:
         progress: Told about every step.
         now: The clock.
         environment: Hardware and versions, for the record.
+        engine: Where trials run.
     """
 
     workers: int
     progress: Progress
     now: Callable[[], datetime]
     environment: Mapping[str, str] = field(default_factory=dict)
+    engine: Spec = field(default_factory=lambda: Spec(name="local"))
+
+    def build_engine(self) -> Engine:
+        """The engine, for that many trials at once; to be opened by who needs it."""
+        engine = Spec(name=self.engine.name, workers=self.workers, **self.engine.options)
+        return Engine.build(engine, where="engine")
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ def red_team(subject: Subject, policy: Policy, ledger: Ledger, session: Session)
         ModelError: The data cannot be used, or there is no midpoint.
     """
     started = session.now().isoformat()
-    with Engine(session.workers) as engine:
+    with session.build_engine() as engine:
         team = _Team(subject, policy, ledger, session, engine)
         try:
             for concept in policy.concepts:

@@ -1,0 +1,27 @@
+"""Trials for tests of engines."""
+
+from pathlib import Path
+
+from release_guard.engines import Job
+from release_guard.evidence import Trial
+from release_guard.plugins import Spec
+from release_guard.policy import Budget, Policy
+
+
+def job(policy: Policy, source: Path, **changes: object) -> Job:
+    """Two steps of fine-tuning on the pico images."""
+    trial = Trial(
+        arm="defended",
+        precision="fp32",
+        target="odd-angles",
+        attack=Spec(name="finetune", batch=16),
+        seed=0,
+        budget=Budget(unit="steps", limit=2),
+        ceiling=0.6,
+        split="search",
+        examples=20,
+        grid_ratio=1.5,
+        weights="0" * 64,
+        data="1" * 64,
+    )
+    return Job(trial.model_copy(update=changes), str(source), policy)
