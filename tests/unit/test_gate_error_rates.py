@@ -4,7 +4,7 @@ import pytest
 from gate_simulation import SCENARIOS, simulate
 
 from release_guard.release import Result
-from release_guard.statistics import clopper_pearson
+from release_guard.distributions import clopper_pearson
 
 BY_NAME = {truth.name: truth for truth in SCENARIOS}
 GATES = 100
