@@ -132,15 +132,26 @@ class RedTeam(_Value):
     """Most examples scored when a finding is confirmed, never seen in the search."""
     grid_ratio: Annotated[float, Field(gt=1, le=2)] = 1.5
     """Ratio between the costs at which an attack is scored."""
-    drawn: Annotated[int, Field(ge=0)] = 0
-    """Configurations drawn at random, each of which breaches the undefended model, that are tried
-    on the defended one; what bounds the share of configurations that breach. 0: none."""
-    drawn_pool: Annotated[int, Field(ge=0)] = 0
-    """Most configurations drawn to find as many."""
-    searched: Annotated[int, Field(ge=0)] = 0
-    """Trials of an adaptive search on the defended model, for each target. 0: none."""
+    ancestor: Source | None = None
+    """A public relative that was not immunized, which an attacker may start from or compare with: a
+    folder, `hf://OWNER/NAME@REVISION`, or "undefended" if the base model itself is public."""
     sham: bool = False
-    """Attack a sham too: the undefended model moved as far, to no purpose."""
+    """Attack also a model that moved as far as the defended one, layer by layer, to no purpose:
+    what that one resists is no merit of the defence."""
+    drawn: Annotated[int, Field(ge=0)] = 0
+    """Attacks drawn independently from the priors of the listed families, kept only if they breach
+    the undefended model, and then run on the defended one; what bounds the share of such attacks
+    that breach. 0: none."""
+    drawn_pool: Annotated[int, Field(ge=0)] = 0
+    """Most attacks drawn to find them."""
+    searched: Annotated[int, Field(ge=0)] = 0
+    """Attacks proposed by an adaptive search on the defended model. 0: none."""
+
+    @model_validator(mode="after")
+    def _pool_is_large_enough(self) -> Self:
+        if self.drawn > self.drawn_pool:
+            raise ValueError(f"drawn is {self.drawn}, but drawn_pool only {self.drawn_pool}")
+        return self
 
     @model_validator(mode="before")
     @classmethod
