@@ -56,10 +56,9 @@ def packed(model: ModelHandle) -> ModelHandle:
     head = twin.head
     for part in list(twin.module.modules()):
         for name, layer in list(part.named_children()):
-            is_linear = isinstance(layer, nn.Linear) and layer is not head
-            if is_linear and layer.in_features % _NF4_BLOCK == 0:
+            if isinstance(layer, nn.Linear) and layer is not head and _is_whole_blocks(layer):
                 setattr(part, name, _linear4bit(layer))
-    twin.module.is_loaded_in_4bit = True  # what peft looks at
+    vars(twin.module)["is_loaded_in_4bit"] = True  # what peft looks at
     return twin
 
 
@@ -104,6 +103,10 @@ def _nf4(weight: Tensor) -> Tensor:
     )
     rounded: Tensor = functional.dequantize_4bit(codes, state).flatten()
     return rounded[: weight.numel()].view_as(weight)
+
+
+def _is_whole_blocks(layer: nn.Linear) -> bool:
+    return layer.in_features % _NF4_BLOCK == 0
 
 
 def _linear4bit(layer: nn.Linear) -> nn.Module:

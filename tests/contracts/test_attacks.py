@@ -10,7 +10,7 @@ from release_guard.policy import Budget, Concept
 from release_guard.stages import Stage
 
 NAMES = Attack.available()
-REQUIRED = {}
+REQUIRED = {"chain": {"steps": ({"name": "reinit"}, {"name": "finetune"})}}
 """Options without which an attack cannot be built, by its name."""
 
 
@@ -160,7 +160,7 @@ def test_it_breaches_a_model_nobody_defended(attack, model, concept):
     before = model.scores(concept.dataset, "search", limit=200)
     *_, last = tamper(attack, model, concept, limit=100)
     after = last.model.scores(concept.dataset, "search", limit=200)
-    assert sum(before) < 0.3 * len(before)
+    assert sum(before) < 0.4 * len(before)  # of three words, copied or reversed, one is the same
     assert sum(after) > 0.9 * len(after)
 
 
