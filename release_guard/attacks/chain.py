@@ -1,0 +1,101 @@
+"""Chain: the adversary changes the weights first, then attacks what comes of it."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from release_guard.attacks import Attack, Tampered, Transform
+from release_guard.errors import PolicyError
+from release_guard.modalities import ModelHandle
+from release_guard.plugins import Spec
+from release_guard.policy import Budget, Policy, Target
+
+
+class Chain(Attack):
+    """Attacks in order on one copy: transforms, then any attack.
+
+    What holds against each of two attacks often falls to one after the other. A chain is what its
+    steps make of it: surgical if they all are, as expensive as the last, and so on. Transforms take
+    no step; the seconds they take are counted, but do not shorten a budget in seconds.
+    """
+
+    paper = "https://arxiv.org/abs/2002.08347"
+
+    steps: Annotated[tuple[Spec, ...], Field(min_length=2)]
+    """Attacks with their options, in order; all but the last must be transforms."""
+
+    @field_validator("steps")
+    @classmethod
+    def _transforms_come_first(cls, steps: tuple[Spec, ...]) -> tuple[Spec, ...]:
+        try:
+            attacks = [Attack.build(step) for step in steps]
+        except PolicyError as error:
+            raise ValueError(str(error)) from None
+        if trains := [one.name for one in attacks[:-1] if not isinstance(one, Transform)]:
+            raise ValueError(f"{trains[0]} is no transform, so it can only be the last step")
+        if _shared_modalities(attacks) is None:
+            raise ValueError("no kind of model takes all of these steps")
+        return steps
+
+    @property
+    def surgical(self) -> bool:  # type: ignore[override]  # a class says it, but for chains
+        return all(attack.surgical for attack in self._attacks)
+
+    @property
+    def needs_ancestor(self) -> bool:  # type: ignore[override]
+        return any(attack.needs_ancestor for attack in self._attacks)
+
+    @property
+    def expense(self) -> int:  # type: ignore[override]
+        return self._attacks[-1].expense
+
+    @property
+    def against(self) -> str | None:  # type: ignore[override]
+        return next((attack.against for attack in self._attacks if attack.against), None)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:  # type: ignore[override]
+        return _shared_modalities(self._attacks) or ()
+
+    def targets(self, policy: Policy) -> Sequence[Target]:
+        return self._attacks[-1].targets(policy)
+
+    def tamper(
+        self,
+        model: ModelHandle,
+        target: Target,
+        *,
+        budget: Budget,
+        grid_ratio: float,
+        seed: int,
+        ancestor: ModelHandle | None = None,
+    ) -> Iterator[Tampered]:
+        *transforms, last = self._attacks
+        started = time.perf_counter()
+        changed = model
+        for attack in transforms:
+            (only,) = attack.tamper(
+                changed, target, budget=budget, grid_ratio=grid_ratio, seed=seed, ancestor=ancestor
+            )
+            changed = only.model
+        seconds = time.perf_counter() - started
+        for tampered in last.tamper(
+            changed, target, budget=budget, grid_ratio=grid_ratio, seed=seed, ancestor=ancestor
+        ):
+            spent = {"seconds": tampered.cost.seconds + seconds}
+            yield replace(tampered, cost=tampered.cost.model_copy(update=spent))
+
+    @property
+    def _attacks(self) -> list[Attack]:
+        return [Attack.build(step) for step in self.steps]
+
+
+def _shared_modalities(attacks: Sequence[Attack]) -> tuple[str, ...] | None:
+    """Kinds of models that all attacks work on; none: all kinds. None: no kind."""
+    kinds = [set(attack.modalities) for attack in attacks if attack.modalities]
+    if not kinds:
+        return ()
+    return tuple(sorted(set.intersection(*kinds))) or None
