@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from gate_simulation import SCENARIOS, simulate
 
 from benchmarks._common import machine, record, table
-from release_guard.release import Result
 from release_guard.distributions import clopper_pearson
+from release_guard.release import Result
 
 TITLE = "How often the gate is wrong"
 GATES, SEED, MOST = 500, 20260101, 0.05

@@ -53,8 +53,23 @@ def _foreign(evidence: Evidence, policy: Policy) -> Iterator[str]:
     trials = [record.trial for record in evidence.records]
     if others := sum(not _at_hand(trial, evidence, policy) for trial in trials):
         yield f"{others} trials are of other weights, another suite, ceiling or unit"
+    yield from _mixed(evidence)
     if len({(trial.target, trial.data) for trial in trials}) > len({t.target for t in trials}):
         yield "trials of one target used different data"
+
+
+def _mixed(evidence: Evidence) -> Iterator[str]:
+    """A control that is one of the models it controls, or several."""
+    roots: dict[str, set[str]] = {}
+    for trial in (record.trial for record in evidence.records):
+        roots.setdefault(trial.arm, set()).add(trial.weights)
+    if roots.get("sham", set()) & {evidence.base, evidence.immunized}:
+        yield "the sham is the undefended or the defended model itself"
+    if evidence.immunized in roots.get("ancestor", set()):
+        yield "the ancestor is the defended model itself"
+    yield from (
+        f"the {arm} arm is several models" for arm, found in roots.items() if len(found) > 1
+    )
 
 
 def _at_hand(trial: Trial, evidence: Evidence, policy: Policy) -> bool:

@@ -25,11 +25,21 @@ from release_guard.evidence import (
 )
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy, Precision, Target, Unit
+from release_guard.statistics import REFUTING_SEEDS
 
 BASE = "0" * 63 + "1"
 IMMUNIZED = "0" * 63 + "2"
 CONFIGURATION = "0" * 63 + "3"
 DATA = "0" * 63 + "4"
+SHAM = "0" * 63 + "5"
+ANCESTOR = "0" * 63 + "6"
+WEIGHTS: dict[Arm, str] = {
+    "undefended": BASE,
+    "defended": IMMUNIZED,
+    "never_knew": CONFIGURATION,
+    "sham": SHAM,
+    "ancestor": ANCESTOR,
+}
 FRESH = 1_000
 """Confirming seeds begin this far behind the policy's seed."""
 
@@ -62,11 +72,23 @@ ceiling = 0.5
 profile = "smoke"
 budget = { unit = "steps", limit = 400 }
 long_run = 4.0
+drawn = 0
+searched = 0
+sham = false
 
 [gate]
 kappa = 5.0
 kappa_lower = 2.0
 """
+
+
+ARMS = (
+    ("drawn = 0", "drawn = 59\ndrawn_pool = 200"),
+    ("searched = 0", "searched = 4"),
+    ("sham = false", 'sham = true\nancestor = "hf://someone/base@1"'),
+    ("kappa = 5.0", "kappa = 5.0\nrequire_adaptive = true"),
+)
+"""Changes of the policy above that ask for every arm there is."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +130,11 @@ def strong(policy: Policy) -> Btb:
     limit = policy.red_team.budget.limit
 
     def btb(asked: Asked) -> float:
-        rank = _labels(policy).index(asked.attack.label) if asked.arm == "undefended" else 0
-        easy = limit / (4 * policy.gate.kappa) * (1 + 0.2 * rank)
-        return {"undefended": easy, "never_knew": limit / 2, "defended": limit * 100}[asked.arm]
+        labels = _labels(policy)
+        rank = labels.index(asked.attack.label) if asked.attack.label in labels else len(labels)
+        easy = limit / (4 * policy.gate.kappa) * (1 + 0.2 * (asked.arm == "undefended") * rank)
+        levels = {"never_knew": limit / 2, "ancestor": limit / 3, "defended": limit * 100}
+        return levels.get(asked.arm, easy)
 
     return btb
 
@@ -199,7 +223,7 @@ def record(  # noqa: PLR0913 - a test's own record may need any of these
         split=asked.split,
         examples=examples,
         grid_ratio=red_team.grid_ratio,
-        weights={"undefended": BASE, "defended": IMMUNIZED, "never_knew": CONFIGURATION}[asked.arm],
+        weights=WEIGHTS[asked.arm],
         data=DATA,
     )
     points = curve(policy, btb=btb, ceiling=ceiling, limit=limit, stops=stops)
@@ -246,13 +270,14 @@ def _records(policy: Policy, btb: Btb) -> Iterable[Record]:
         for precision in policy.precisions:
             yield from _searched(policy, btb, target.name, precision)
             yield from _confirmed(policy, btb, target.name, precision)
+            yield from _drawn(policy, btb, target.name, precision)
+            yield from _adapted(policy, btb, target.name, precision)
 
 
 def _searched(policy: Policy, btb: Btb, target: str, precision: Precision) -> Iterable[Record]:
-    arms: tuple[Arm, ...] = ("undefended", "defended")
     for attack in policy.attacks:
         for seed in range(policy.seed, policy.seed + policy.red_team.search_seeds):
-            for arm in (*arms, *(("never_knew",) if _knows_never(policy) else ())):
+            for arm in ("defended", *_controls(policy)):
                 asked = Asked(arm, attack, target, precision, seed, "search")
                 yield record(policy, asked, btb(asked), "listed", long=arm != "defended")
     if _knows_never(policy):
@@ -263,17 +288,41 @@ def _searched(policy: Policy, btb: Btb, target: str, precision: Precision) -> It
 
 def _confirmed(policy: Policy, btb: Btb, target: str, precision: Precision) -> Iterable[Record]:
     families = {attack.name: attack for attack in reversed(policy.attacks)}
-    for attack in families.values():
-        yield from _fresh(policy, btb, Asked("undefended", attack, target, precision, 0, "confirm"))
-    if _knows_never(policy):
-        first = policy.attacks[0]
-        yield from _fresh(policy, btb, Asked("never_knew", first, target, precision, 0, "confirm"))
+    for arm in _controls(policy):
+        tried = policy.attacks[:1] if arm == "never_knew" else families.values()
+        for attack in tried:
+            yield from _fresh(policy, btb, Asked(arm, attack, target, precision, 0, "confirm"))
     ranked = _ranked_defended(policy, btb, target, precision)
     for attack in {attack.name: attack for attack in reversed(ranked)}.values():
         asked = Asked("defended", attack, target, precision, 0, "confirm")
         yield from _fresh(policy, btb, asked, kind="to the budget")
     asked = Asked("defended", ranked[0], target, precision, 0, "confirm")
     yield from _fresh(policy, btb, asked, kind="long_run")
+
+
+def _drawn(policy: Policy, btb: Btb, target: str, precision: Precision) -> Iterable[Record]:
+    """Draws that breach the undefended model, and as many again that do not."""
+    for number in range(2 * policy.red_team.drawn):
+        attack = Spec.model_validate({"name": "finetune", "lr": 1 + number, "weight_decay": 0.1})
+        arms: tuple[Arm, ...] = ("undefended", "defended")
+        idle = number % 2
+        for arm in arms[: 1 if idle else 2]:
+            asked = Asked(arm, attack, target, precision, policy.seed + 50_000 + number, "search")
+            limit = policy.red_team.budget.limit
+            yield record(policy, asked, 9 * limit if idle else btb(asked), "drawn")
+
+
+def _adapted(policy: Policy, btb: Btb, target: str, precision: Precision) -> Iterable[Record]:
+    """An adaptive search, and an attack against each stage where the policy asks for one."""
+    for number in range(policy.red_team.searched):
+        attack = Spec.model_validate({"name": "finetune", "lr": 0.01 / (2 + number)})
+        asked = Asked("defended", attack, target, precision, policy.seed + 90_000, "search")
+        yield record(policy, asked, btb(asked), "searched")
+    for stage in policy.stages if policy.gate.require_adaptive else ():
+        attack = Spec.model_validate({"name": "chain", "against": stage.name})
+        asked = Asked("defended", attack, target, precision, policy.seed, "search")
+        found = record(policy, asked, btb(asked), "listed")
+        yield found.model_copy(update={"against": stage.name})
 
 
 def _fresh(
@@ -283,7 +332,8 @@ def _fresh(
     *,
     kind: Literal["control", "to the budget", "long_run"] = "control",
 ) -> Iterable[Record]:
-    for index in range(policy.red_team.confirm_seeds):
+    count = policy.red_team.confirm_seeds
+    for index in range(max(count, REFUTING_SEEDS) if kind == "to the budget" else count):
         seed = policy.seed + FRESH + index + (500 if kind == "long_run" else 0)
         each = Asked(asked.arm, asked.attack, asked.target, asked.precision, seed, asked.split)
         yield record(
@@ -294,6 +344,17 @@ def _fresh(
             stops=kind != "to the budget",
             long=kind != "to the budget",
         )
+
+
+def _controls(policy: Policy) -> tuple[Arm, ...]:
+    """The arms the policy asks for beside the defended one."""
+    asked: dict[Arm, bool] = {
+        "undefended": True,
+        "never_knew": _knows_never(policy),
+        "sham": policy.red_team.sham,
+        "ancestor": policy.red_team.ancestor not in {None, "undefended"},
+    }
+    return tuple(arm for arm, wanted in asked.items() if wanted)
 
 
 def _ranked_defended(policy: Policy, btb: Btb, target: str, precision: Precision) -> list[Spec]:

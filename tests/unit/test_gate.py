@@ -188,7 +188,7 @@ class TestCoverage:
         assert found["kappa/footwear@fp32"] is INCONCLUSIVE
         assert gate(empty, POLICY).result is INCONCLUSIVE
 
-    @pytest.mark.parametrize("place", range(37))
+    @pytest.mark.parametrize("place", range(43))
     def test_every_record_is_needed(self, place: int) -> None:
         evidence = passing_evidence(POLICY)
         fewer = (*evidence.records[:place], *evidence.records[place + 1 :])

@@ -3,8 +3,8 @@
 import pytest
 from gate_simulation import SCENARIOS, simulate
 
-from release_guard.release import Result
 from release_guard.distributions import clopper_pearson
+from release_guard.release import Result
 
 BY_NAME = {truth.name: truth for truth in SCENARIOS}
 GATES = 100
