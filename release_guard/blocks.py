@@ -10,12 +10,13 @@ from release_guard.figures import Effort, Utility
 from release_guard.manifest import EVIDENCE_FOLDER, SIGNATURE
 from release_guard.policy import Policy
 from release_guard.release import Check, Result, Strength, Verdict
+from release_guard.standing import mean_share, standing
 from release_guard.sweep import Place, places
 
 HEADING = "Fine-tuning resistance (release-guard)"
 
 _PAIR = ("U: score", "U: BTB", "D: score", "D: BTB")
-_RATIOS = ("target@precision", "kappa", "sigma", "head start", "kappa, long run")
+_STANDING = ("target@precision", "model", "trials", "breached", "collapsed", "stood for")
 _UTILITY = ("precision", "U", "D", "loss", "95 % bound", "margin", "pairs")
 
 
@@ -57,7 +58,8 @@ def results(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
         "### What a breach costs\n\n"
         "kappa: BTB of D over that of U; sigma: over that of a model that never knew; head start: "
         "BTB of the latter over that of U. In brackets: one-sided 95 % bounds.\n\n"
-        f"{_table(_RATIOS, [_strength_row(strength) for strength in verdict.strengths])}\n"
+        f"{_ratios(verdict)}\n"
+        f"{_standing(evidence, policy)}"
         "### What it costs the retained skill\n\n"
         f"{_table(_UTILITY, [_utility_row(kept) for kept in figures.utilities(evidence, policy)])}"
     )
@@ -89,12 +91,45 @@ def _by_attack(place: Place) -> Mapping[str, Sequence[Effort | None]]:
         {effort.attack.label: effort for effort in figures.efforts(place, arm)} for arm in arms
     ]
     labels = [attack.label for attack in place.policy.attacks]
-    return {label: [efforts.get(label) for efforts in tried] for label in labels}
+    listed = {label: [efforts.get(label) for efforts in tried] for label in labels}
+    worst = [figures.worst_unlisted(place, arm) for arm in arms]
+    names = sorted({name for each in worst for name in each})
+    return listed | {f"{name}: the worst": [each.get(name) for each in worst] for name in names}
 
 
-def _strength_row(strength: Strength) -> Sequence[str]:
-    values = (strength.kappa, strength.sigma, strength.head_start, strength.long_run)
-    return (_code(_where(strength)), *map(figures.ratio, values))
+def _ratios(verdict: Verdict) -> str:
+    head, rows = figures.strength_table(verdict.strengths)
+    return _table(head, [(_code(where), *values) for where, *values in rows])
+
+
+def _standing(evidence: Evidence, policy: Policy) -> str:
+    """Who still stands at the budget, and what independent draws say."""
+    everywhere = places(evidence, policy)
+    rows = [
+        (
+            _code(place.name),
+            figures.ARM_NAMES[each.arm],
+            str(each.trials),
+            figures.percent(each.breached),
+            figures.percent(each.collapsed),
+            figures.percent(mean_share(place, each)),
+        )
+        for place in everywhere
+        for each in standing(place)
+    ]
+    said = [
+        f"- {_code(place.name)}: {drawn}\n"
+        for place in everywhere
+        if (drawn := figures.of_draws(place))
+    ]
+    draws = f"\n{''.join(said)}" if said else ""
+    return (
+        "### Who still stands at the budget\n\n"
+        "Of the trials of the search on a model: the share that breached and that collapsed by the "
+        "budget (cumulative incidence), and the mean share of the logarithmic budget for which "
+        "they stood (restricted mean).\n\n"
+        f"{_table(_STANDING, rows)}{draws}\n"
+    )
 
 
 def _utility_row(kept: Utility) -> Sequence[str]:

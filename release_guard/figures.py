@@ -7,10 +7,11 @@ from datetime import timedelta
 from pathlib import PurePath
 from typing import get_args
 
+from release_guard.draws import draws
 from release_guard.evidence import Arm, Ending, Evidence, Origin, Record
 from release_guard.plugins import Spec
 from release_guard.policy import HUB_PREFIX, Policy, Precision, Unit
-from release_guard.release import Interval
+from release_guard.release import Interval, Strength
 from release_guard.statistics import (
     Censored,
     Finding,
@@ -27,7 +28,10 @@ ARM_NAMES: Mapping[Arm, str] = {
     "undefended": "undefended",
     "defended": "defended",
     "never_knew": "never knew",
+    "sham": "sham",
+    "ancestor": "ancestor",
 }
+_UNLISTED: Mapping[Origin, str] = {"drawn": "drawn at random", "searched": "adaptive search"}
 _MINUTE, _HOUR = 60, 3_600
 _MILLION = 1_000_000
 
@@ -60,6 +64,11 @@ class Effort:
         return tuple(cost.upper for cost in self.costs if cost.upper is not None)
 
     @property
+    def is_surgical(self) -> bool:
+        """Whether it only brings back what is hidden, so that it needs no control."""
+        return any(record.surgical for record in self.records)
+
+    @property
     def within(self) -> bool:
         """Whether some seed breached within the budget."""
         return any(cost <= self.budget for cost in self.breaches)
@@ -83,6 +92,12 @@ def typical(costs: Sequence[Censored]) -> float:
     return math.exp(math.fsum(map(math.log, positive)) / len(positive)) if positive else 0.0
 
 
+def arms(evidence: Evidence) -> tuple[Arm, ...]:
+    """The arms that anything was tried on."""
+    tried = {record.trial.arm for record in evidence.records}
+    return tuple(arm for arm in ARMS if arm in tried)
+
+
 def efforts(place: Place, arm: Arm) -> tuple[Effort, ...]:
     """Every attack tried there, in the policy's order, then what was tuned."""
     listed = [attack.label for attack in place.policy.attacks]
@@ -90,6 +105,38 @@ def efforts(place: Place, arm: Arm) -> tuple[Effort, ...]:
     known = {item.attack.label: item for item in found}
     ordered = [known.pop(label) for label in listed if label in known]
     return tuple(_effort(item) for item in (*ordered, *known.values()))
+
+
+def worst_unlisted(place: Place, arm: Arm) -> Mapping[str, Effort]:
+    """Of what the policy does not list: the effort that went furthest, by kind and family.
+
+    A confirmed breach goes before one that is open, that before the highest score.
+    """
+    listed = {attack.label for attack in place.policy.attacks}
+    gravity = {"confirmed": 2, "unresolved": 1}
+    groups: dict[str, list[Effort]] = {}
+    for effort in efforts(place, arm):
+        if effort.attack.label not in listed:
+            origins = {record.origin for record in effort.records}
+            kind = next((_UNLISTED[each] for each in _UNLISTED if each in origins), "not listed")
+            groups.setdefault(f"{effort.attack.name}, {kind}", []).append(effort)
+    return {
+        name: max(group, key=lambda each: (gravity.get(each.finding or "", 0), each.best or 0.0))
+        for name, group in groups.items()
+    }
+
+
+def of_draws(place: Place) -> str:
+    """What independent random draws say of all configurations; nothing if none was made."""
+    found = draws(place)
+    if not found.pool:
+        return ""
+    lost = f" ({found.lost} with those that were lost)" if found.lost != found.breaches else ""
+    return (
+        f"Of {found.pool} random configurations {found.counted} breach the undefended model, and "
+        f"{found.breaches} of these the defended one{lost}: at most {percent(found.upper)} of all "
+        "that could be drawn do (95 % bound)."
+    )
 
 
 def cheapest(place: Place, arm: Arm) -> Effort | None:
@@ -211,6 +258,44 @@ def bounds(interval: Interval) -> str:
     if lower is None:
         return "no bounds" if upper is None else f"{upper} or less"
     return f"{lower} or more" if upper is None else f"{lower} to {upper}"
+
+
+def multipliers(strength: Strength) -> Mapping[str, Interval | None]:
+    """Ratios of budgets to breach by name; those with an ancestor only where one was attacked."""
+    always = {
+        "kappa": strength.kappa,
+        "sigma": strength.sigma,
+        "head start": strength.head_start,
+        "kappa, long run": strength.long_run,
+    }
+    others = {"over the way out": strength.outside, "ancestor": strength.ancestor}
+    return always | {name: value for name, value in others.items() if value is not None}
+
+
+def strength_table(strengths: Sequence[Strength]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Head and rows of everything that compares arms, a row each target and precision."""
+    names = list(dict.fromkeys(name for each in strengths for name in multipliers(each)))
+    head = ["target@precision", *names]
+    rows = [
+        [f"{each.target}@{each.precision}", *(ratio(multipliers(each).get(name)) for name in names)]
+        for each in strengths
+    ]
+    if any(each.sham is not None for each in strengths):
+        head.append("lead over a sham")
+        for row, each in zip(rows, strengths, strict=True):
+            row.append(difference(each.sham))
+    return head, rows
+
+
+def difference(interval: Interval | None) -> str:
+    """A difference of shares with its bounds: `12.00 points (3.00 to 20.00)`."""
+    if interval is None or interval.estimate is None:
+        return "not claimed"
+    lower, upper = (
+        "no bound" if bound is None else f"{100 * bound:.2f}"
+        for bound in (interval.lower, interval.upper)
+    )
+    return f"{points(interval.estimate)} ({lower} to {upper})"
 
 
 def duration(seconds: float) -> str:

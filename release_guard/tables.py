@@ -1,16 +1,18 @@
 """The report's tables: what was tried, what came of it, what was judged, what nobody tried."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from release_guard import figures
 from release_guard.evidence import Arm, Evidence, Origin
 from release_guard.figures import ARM_NAMES, ARMS, ENDINGS, ORIGINS, Effort
-from release_guard.page import Cell, bullets, paragraph, section, subheading, table
+from release_guard.page import Cell, bullets, folded, paragraph, section, subheading, table
 from release_guard.policy import Policy, Unit
 from release_guard.release import Result, Verdict
 from release_guard.statistics import Finding
-from release_guard.sweep import places
+from release_guard.sweep import Place, places
 
+_UNFOLDED = 40  # longer tables open on demand
 _MEANING = {Result.PASS: "good", Result.FAIL: "bad", Result.INCONCLUSIVE: "unsure"}
 _FINDINGS: Mapping[Finding, str] = {
     "confirmed": "bad",
@@ -26,6 +28,8 @@ _ENDINGS = {
 _ORIGIN_NAMES: Mapping[Origin, str] = {
     "listed": "listed in the policy",
     "tuned": "tuned for that arm",
+    "drawn": "drawn at random",
+    "searched": "found by adaptive search",
     "confirming": "confirming, fresh seeds",
     "long_run": "long run",
 }
@@ -35,9 +39,10 @@ def matrix(evidence: Evidence, policy: Policy) -> str:
     """Precision x attack: what each attack reached within the budget, undefended and defended."""
     how = (
         "One row an attack, one pair of columns a precision: the highest score within the budget, "
-        "or the least cost of a breach. In the 'defended' column orange is a breach that fresh "
-        "seeds confirm, blue is none, yellow is open. A breach in the 'undefended' column shows "
-        "that an attack works at all; yellow there means that it shows nothing."
+        "or the least cost of a breach; of attacks that are not listed, the worst of a kind. "
+        "In the 'defended' column orange is a breach that fresh seeds confirm, blue is none, "
+        "yellow is open. A breach in the 'undefended' column shows that an attack works at all; "
+        "yellow there means that it shows nothing."
     )
     parts = []
     for target in dict.fromkeys(place.target for place in places(evidence, policy)):
@@ -65,17 +70,18 @@ def checks(verdict: Verdict) -> str:
 
 def attacks(evidence: Evidence, policy: Policy) -> str:
     """Every attack with its options, seeds and budget to breach on each arm."""
-    unit = policy.red_team.budget.unit
+    unit, tried_on = policy.red_team.budget.unit, figures.arms(evidence)
     rows: list[Sequence[str | Cell]] = []
     for place in places(evidence, policy):
-        by_arm = {arm: _by_label(figures.efforts(place, arm)) for arm in ARMS}
+        by_arm = {arm: _by_label(figures.efforts(place, arm)) for arm in tried_on}
         labels = dict.fromkeys(label for efforts in by_arm.values() for label in efforts)
         for label in labels:
-            tried = [by_arm[arm].get(label) for arm in ARMS]
+            tried = [by_arm[arm].get(label) for arm in tried_on]
             rows.append(
                 (
                     Cell(label, "wide"),
                     place.name,
+                    _kind(effort for effort in tried if effort),
                     _seeds(effort for effort in tried if effort),
                     *(_costs(effort, unit) for effort in tried),
                 )
@@ -86,8 +92,12 @@ def attacks(evidence: Evidence, policy: Policy) -> str:
         f"Budget to breach in {unit}, least and greatest over seeds; '>' means that it was not "
         "reached by then. Seeds are those of all models together."
     )
-    head = ("attack and options", "target@precision", "seeds", *ARM_NAMES.values())
-    return section("Attacks", how, table("Attacks", head, rows))
+    names = (ARM_NAMES[arm] for arm in tried_on)
+    head = ("attack and options", "target@precision", "kind", "seeds", *names)
+    content = table("Attacks", head, rows)
+    if len(rows) > _UNFOLDED:
+        content = folded(f"All {len(rows)} attacks", content)
+    return section("Attacks", how, content)
 
 
 def confirmations(evidence: Evidence, policy: Policy) -> str:
@@ -118,7 +128,10 @@ def confirmations(evidence: Evidence, policy: Policy) -> str:
     if not rows:
         return section("Confirmations", "None: nothing was run on fresh seeds.")
     head = ("model", "attack", "target@precision", "seed", "kind", "ending", "breach", "highest")
-    return section("Confirmations", how, table("Confirmations", head, rows))
+    content = table("Confirmations", head, rows)
+    if len(rows) > _UNFOLDED:
+        content = folded(f"All {len(rows)} trials on fresh seeds", content)
+    return section("Confirmations", how, content)
 
 
 def ledger(evidence: Evidence) -> str:
@@ -203,6 +216,12 @@ def not_tested(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
     return section("Not tested", how, *parts)
 
 
+def not_measured(missing: Sequence[str]) -> str:
+    """What the evidence does not hold, one line each, in the place of empty pictures."""
+    how = "Not in this evidence, so that there is no picture of it."
+    return section("Not measured", how, bullets(missing))
+
+
 def sources(evidence: Evidence, policy: Policy) -> str:
     """What the figures rest on: digests, dates, versions."""
     budget = policy.red_team.budget
@@ -232,13 +251,20 @@ def _matrix(evidence: Evidence, policy: Policy, target: str) -> str:
     arms: tuple[Arm, ...] = ("undefended", "defended")
     columns = [(place, arm) for place in here for arm in arms]
     tried = {(place, arm): _by_label(figures.efforts(place, arm)) for place, arm in columns}
-    labels = [attack.label for attack in policy.attacks]
     rows = [
         (
             Cell(label, "wide"),
             *(_outcome(tried[column].get(label), column[1], policy) for column in columns),
         )
-        for label in labels
+        for label in (attack.label for attack in policy.attacks)
+    ]
+    others = {column: figures.worst_unlisted(*column) for column in columns}
+    rows += [
+        (
+            Cell(name, "wide"),
+            *(_worst(others[column].get(name), column, policy) for column in columns),
+        )
+        for name in sorted({name for worst in others.values() for name in worst})
     ]
     head = ["attack", *(f"{place.precision}, {arm}" for place, arm in columns)]
     return table(f"Precision by attack, {target}", head, rows)
@@ -249,10 +275,16 @@ def _outcome(effort: Effort | None, arm: Arm, policy: Policy) -> Cell:
         return Cell("not run", "unsure")
     said = figures.found(effort, policy.red_team.budget.unit)
     if arm == "undefended":
-        return Cell(said, "" if effort.breaches else "unsure")
+        is_void = not effort.breaches and not effort.is_surgical
+        return Cell(said, "unsure" if is_void else "")
     if effort.finding is not None:
         said = f"{said}; on fresh seeds {effort.finding}"
     return Cell(said, _judged(effort))
+
+
+def _worst(effort: Effort | None, column: tuple[Place, Arm], policy: Policy) -> Cell:
+    cell = _outcome(effort, column[1], policy)
+    return cell if effort is None else replace(cell, text=f"{effort.attack.label}: {cell.text}")
 
 
 def _judged(effort: Effort) -> str:
@@ -264,6 +296,15 @@ def _judged(effort: Effort) -> str:
 
 def _by_label(efforts: Iterable[Effort]) -> Mapping[str, Effort]:
     return {effort.attack.label: effort for effort in efforts}
+
+
+def _kind(efforts: Iterable[Effort]) -> str:
+    """Why it was tried, whom it was written against, whether it needs no control."""
+    records = [record for effort in efforts for record in effort.records]
+    why = {_ORIGIN_NAMES[record.origin] for record in records if record.trial.split == "search"}
+    against = {f"written against {record.against}" for record in records if record.against}
+    surgical = {"surgical: needs no control"} if any(r.surgical for r in records) else set()
+    return ", ".join([*sorted(why), *sorted(against), *surgical]) or "fresh seeds only"
 
 
 def _seeds(efforts: Iterable[Effort]) -> str:
