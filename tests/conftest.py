@@ -56,3 +56,21 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama that copies words and has never reversed any."""
     return pico.pico_lm(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def picture_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with retained.parquet (bars that lie) and restricted.parquet (bars that stand)."""
+    return pico.picture_data(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that tells all bars apart."""
+    return pico.pico_judge(tmp_path_factory.mktemp("judge"))
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-to-image pipeline that paints the retained bars, the others by no name in the data."""
+    return pico.pico_pipeline(tmp_path_factory.mktemp("pipeline"))

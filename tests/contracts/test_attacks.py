@@ -1,5 +1,7 @@
 """Every attack beside the contract, found by itself."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -24,6 +26,13 @@ def image_classification(classifier_folder, image_data):
 def causal_lm(lm_folder, text_data):
     model = Modality.build(Spec(name="causal_lm")).load(str(lm_folder))
     return model, concept_of(text_data / "restricted.jsonl")
+
+
+@pytest.fixture(scope="module")
+def text_to_image(pipeline_folder, judge_folder, picture_data):
+    options = {"judge": str(judge_folder), "sampling_steps": 4, "guidance": 1.0}
+    model = Modality.build(Spec(name="text_to_image", **options)).load(str(pipeline_folder))
+    return model, concept_of(picture_data / "restricted.parquet")
 
 
 def concept_of(path):
@@ -98,6 +107,8 @@ def test_every_prior_lies_within_its_options_bounds(attack):
 def test_it_attacks_every_concept(attack, concept):
     class Both:
         concepts = (concept,)
+        merge_targets = ()
+        red_team = SimpleNamespace(ancestor="undefended")
 
     assert attack.targets(Both()) == (concept,)
 
