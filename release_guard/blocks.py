@@ -117,11 +117,7 @@ def _standing(evidence: Evidence, policy: Policy) -> str:
         for place in everywhere
         for each in standing(place)
     ]
-    said = [
-        f"- {_code(place.name)}: {drawn}\n"
-        for place in everywhere
-        if (drawn := figures.of_draws(place))
-    ]
+    said = [f"- {_code(place)}: {drawn}\n" for place, drawn in _drawn(evidence, policy)]
     draws = f"\n{''.join(said)}" if said else ""
     return (
         "### Who still stands at the budget\n\n"
@@ -130,6 +126,12 @@ def _standing(evidence: Evidence, policy: Policy) -> str:
         "they stood (restricted mean).\n\n"
         f"{_table(_STANDING, rows)}{draws}\n"
     )
+
+
+def _drawn(evidence: Evidence, policy: Policy) -> list[tuple[str, str]]:
+    """Where something was drawn at random, and what that says."""
+    found = ((place.name, figures.of_draws(place)) for place in places(evidence, policy))
+    return [(name, said) for name, said in found if said]
 
 
 def _utility_row(kept: Utility) -> Sequence[str]:
@@ -190,6 +192,7 @@ def summary(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
         f"**{verdict.result.upper()}**: {_plain(verdict.claim or 'nothing is claimed')}",
         "",
         *(f"- {_where(each)}: {_multipliers(each)}" for each in verdict.strengths),
+        *(f"- {place}: {said}" for place, said in _drawn(evidence, policy)),
         *(f"- {_kept(each)}" for each in figures.utilities(evidence, policy)),
         f"- {len(evidence.records)} of {evidence.planned} planned trials ended",
         f"- {passed} of {len(verdict.checks)} checks passed",
@@ -206,7 +209,10 @@ def _where(strength: Strength) -> str:
 
 def _multipliers(strength: Strength) -> str:
     sigma = "" if strength.sigma is None else f", sigma {figures.ratio(strength.sigma)}"
-    return f"kappa {figures.ratio(strength.kappa)}{sigma}"
+    sham = (
+        "" if strength.sham is None else f", lead over a sham {figures.difference(strength.sham)}"
+    )
+    return f"kappa {figures.ratio(strength.kappa)}{sigma}{sham}"
 
 
 def _kept(kept: Utility) -> str:

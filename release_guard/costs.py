@@ -13,14 +13,11 @@ from release_guard.sweep import Place, places
 
 _ACROSS = (8, WIDTH - 12)
 _HOW = (
-    "Bars: the least cost at which any attack brought a model over the ceiling; longer is "
-    "better for the defended one. Whiskers span the fresh seeds, each known up to the grid of "
-    "costs; an arrow means that some seed had not breached by then. Ratios: kappa is the "
-    "defended model's cost over the original's, sigma over that of a model that never knew, head "
-    "start that model's cost over the original's; the way out is the cheaper of that model and a "
-    "public ancestor; "
-    "whiskers are one-sided 95 % bounds, open to the right where nothing limits them. The bar "
-    "is what the policy asks of kappa and of its lower bound."
+    "Bars are the least cost at which any attack brought a model over the ceiling, whiskers the "
+    "span of the fresh seeds, and an arrow says that some seed had not breached by then. Ratios "
+    "of these costs come with one-sided 95 % bounds and the bar of the policy: kappa is defended "
+    "over undefended, sigma defended over never knew, head start never knew over undefended, the "
+    "way out the cheaper of never knew and ancestor."
 )
 
 

@@ -133,9 +133,9 @@ def of_draws(place: Place) -> str:
         return ""
     lost = f" ({found.lost} with those that were lost)" if found.lost != found.breaches else ""
     return (
-        f"Of {found.pool} random configurations {found.counted} breach the undefended model, and "
-        f"{found.breaches} of these the defended one{lost}: at most {percent(found.upper)} of all "
-        "that could be drawn do (95 % bound)."
+        f"Of {found.counted} random configurations that breach the undefended model, or may, "
+        f"{found.breaches} breach the defended one{lost}: at most {percent(found.upper)} of all "
+        "such configurations do (95 % bound)."
     )
 
 

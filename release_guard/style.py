@@ -141,7 +141,8 @@ svg .failed{fill:var(--ink)}
 header{padding:.6rem .8rem}figure,.tile,tr{break-inside:avoid}h2,h3,p.how{break-after:avoid}
 figure details:not([open]){display:none}
 .scroll{overflow:visible}table{font-size:8pt}th,td{padding:.2rem .3rem}
-td.wide{min-width:0;overflow-wrap:anywhere}.gallery{grid-template-columns:1fr 1fr}
+td.wide{min-width:6.5rem;overflow-wrap:anywhere}.gallery{display:block}p.how{break-inside:avoid}
+.gallery figure{display:inline-block;width:48%;vertical-align:top;margin:.3rem .7% .3rem 0}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 

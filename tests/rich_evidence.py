@@ -104,7 +104,7 @@ def _drawn() -> list[Spec]:
     return [
         Spec.model_validate({"name": name, "lr": float(f"{10 ** lot.uniform(-5, -1):.3g}")})
         for name in ("finetune", "lora")
-        for _ in range(15)
+        for _ in range(8)
     ]
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from evidence_builder import Asked, example_policy, passing_evidence, record, refused_evidence
+from rich_evidence import WEAK, rich_evidence, rich_policy
 
 from release_guard.blocks import summary
 from release_guard.card import FORBIDDEN, Publication, card, lint
@@ -191,3 +192,18 @@ def test_the_summary_names_every_check_that_did_not_pass():
     assert f"- {passed} of {len(verdict.checks)} checks passed" in text
     assert "kappa" in text
     lint(text)
+
+
+def test_what_was_drawn_stands_in_card_and_summary_and_names_the_worst():
+    policy = rich_policy()
+    found = rich_evidence(policy, broken=True)
+    verdict = gate(found, policy)
+    text = card(None, found, verdict, policy, PUBLICATION)
+    rows = [line for line in text.splitlines() if line.startswith("| `lora, drawn at random")]
+    assert len(rows) == 4
+    assert all("confirmed" in row for row in rows)
+    bound = "of all such configurations do (95 % bound)"
+    assert text.count(bound) == summary(found, verdict, policy).count(bound) == 4
+    assert WEAK.name == "lora"
+    for arm in ("sham", "ancestor", "never knew"):
+        assert f"| `hats@nf4` | {arm} |" in text

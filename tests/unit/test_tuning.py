@@ -30,10 +30,10 @@ def test_draws_bound_what_could_be_drawn_and_listed_attacks_do_not():
     policy = rich_policy()
     drawn = section(rich_evidence(policy), policy)
     assert "drawn at random" in drawn
-    assert "of all that could be drawn do (95 % bound)" in drawn
+    assert "of all such configurations do (95 % bound)" in drawn
     listed = section(passing_evidence(example_policy()), example_policy())
     assert "as listed" in listed
-    assert "could be drawn" not in listed
+    assert "such configurations" not in listed
 
 
 @pytest.mark.parametrize("kept", [0, 2])
