@@ -14,7 +14,7 @@ from release_guard.sweep import Configuration, Place, places
 _BEST = 5
 _ROW, _TOP = 58, 26
 _ACROSS = (8, svg.WIDTH - 12)
-_LINE = 54  # characters that fit in one line
+_LINE = 46  # bold characters that fit in one line
 _HOW = (
     "One row for each of the five attacks that scored highest in the search on the defended "
     "model. The arrow leads from what the search saw (hollow) to the mean of fresh seeds (filled; "

@@ -211,7 +211,8 @@ def not_tested(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
             )
         )
     else:
-        parts.append(paragraph("None was seen; longer attacks than those of the long run may."))
+        rest = "longer attacks than those of the long run may"
+        parts.append(paragraph(f"None was seen of an attack that held off until then; {rest}."))
     how = "Nothing in this report says anything about the following."
     return section("Not tested", how, *parts)
 

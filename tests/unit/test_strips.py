@@ -1,7 +1,11 @@
+import re
+
 from evidence_builder import Asked, example_policy, passing_evidence, record
 from rich_evidence import WEAK, rich_evidence, rich_policy
 
+from release_guard.plugins import Spec
 from release_guard.strips import best, section
+from release_guard.svg import WIDTH
 from release_guard.sweep import places
 
 POLICY = example_policy()
@@ -58,3 +62,15 @@ def test_an_attack_that_was_not_run_again_says_so():
 
 def test_nothing_scored_on_the_defended_model_gives_no_section():
     assert section(passing_evidence(POLICY, records=()), POLICY) == ""
+
+
+def test_a_long_label_is_cut_to_fit_and_stands_whole_in_the_table():
+    options = {"batch": 256, "head": "new", "lr": 0.005, "optimizer": "adamw", "warmup": 100}
+    attack = Spec.model_validate({"name": "finetune", **options})
+    asked = Asked("defended", attack, "footwear", "fp32", 7, "search")
+    found = passing_evidence(POLICY, records=(record(POLICY, asked, 1e4, "listed"),))
+    picture, table = section(found, POLICY).split("<details>")
+    (label,) = re.findall(r'class="halo strong">([^<]*)', picture)
+    assert "…" in label
+    assert 7.2 * len(label) < WIDTH  # bold
+    assert attack.label in table
