@@ -1,8 +1,8 @@
 """What all engines share: how a trial runs, and what becomes of one that loses its worker."""
 
 import os
-import shutil
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pico
@@ -18,7 +18,7 @@ from release_guard.engines import (
     run_trial,
     worker_environment,
 )
-from release_guard.evidence import Outcome, Trial
+from release_guard.evidence import Outcome
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy
 
@@ -67,3 +67,86 @@ def test_workers_start_without_credentials(monkeypatch: pytest.MonkeyPatch) -> N
         assert os.environ["MORE"] == "this"
     assert os.environ["HF_TOKEN"] == "canary"  # noqa: S105
     assert "MORE" not in os.environ
+
+
+class Scripted(Engine):
+    """Trials end in the order they were started, in the ways that are written here, by seed."""
+
+    script: dict[int, list[str]]
+    """Notes of the failures of each seed's goes; a seed without one is well."""
+    _running: list[Job] = PrivateAttr(default_factory=list)
+    _seen: list[tuple[int, bool, int]] = PrivateAttr(default_factory=list)
+
+    @property
+    def running(self) -> Collection[Job]:
+        return self._running
+
+    def start(self, job: Job) -> None:
+        self._running.append(job)
+        self._seen.append((job.trial.seed, job.alone, len(self._running)))
+
+    def ended(self) -> Iterable[tuple[Job, Outcome]]:
+        job = self._running.pop(0)
+        if notes := self.script.get(job.trial.seed):
+            yield job, Outcome(ending="failed", note=notes.pop(0))
+        else:
+            yield job, Outcome(ending="survived")
+
+    def close(self) -> None:
+        self._running.clear()
+
+
+def seeds(policy: Policy, number: int) -> list[Job]:
+    return [job(policy, Path("model"), seed=seed) for seed in range(number)]
+
+
+@pytest.mark.parametrize("note", [f"{DIED} (exit code -9)", f"{OUT_OF_MEMORY}: 80 GB (x.py:1)"])
+def test_a_lost_trial_is_run_once_more_with_nothing_beside_it(policy: Policy, note: str) -> None:
+    engine = Scripted(workers=2, script={1: [note]})
+    with engine:
+        found = {done.trial.seed: outcome.ending for done, outcome in engine.run(seeds(policy, 5))}
+
+    assert found == dict.fromkeys(range(5), "survived")
+    again = [seen for seen in engine._seen if seen[1]]
+    assert again == [(1, True, 1)]
+    position = engine._seen.index((1, True, 1))
+    assert engine._seen[position + 1][2] == 1  # whoever comes next has waited for its end
+
+
+def test_a_trial_lost_twice_has_failed_and_says_so(policy: Policy) -> None:
+    note = f"{OUT_OF_MEMORY}: 80 GB (x.py:1)"
+    with Scripted(workers=2, script={0: [note, note]}) as engine:
+        found = {done.trial.seed: outcome for done, outcome in engine.run(seeds(policy, 2))}
+
+    assert found[0].ending == "failed"
+    assert found[0].note == f"{note}, twice; the second time nothing else was running"
+    assert found[1].ending == "survived"
+
+
+def test_what_an_attack_itself_raised_is_not_tried_again(policy: Policy) -> None:
+    with Scripted(script={0: ["ModelError: no (x.py:1)"]}) as engine:
+        ((_, outcome),) = engine.run(seeds(policy, 1))
+
+    assert outcome.note == "ModelError: no (x.py:1)"
+    assert len(engine._seen) == 1
+
+
+def test_no_more_trials_at_once_than_workers(policy: Policy) -> None:
+    engine = Scripted(workers=3, script={})
+    with engine:
+        list(engine.run(seeds(policy, 9)))
+
+    assert max(together for *_, together in engine._seen) == 3
+
+
+def test_only_attacks_that_need_the_ancestor_load_it(
+    policy: Policy, classifier_folder: Path, tmp_path: Path
+) -> None:
+    plain = replace(job(policy, classifier_folder), ancestor=str(tmp_path / "nowhere"))
+    assert run_trial(plain).ending == "survived"
+
+    needs = job(policy, classifier_folder, attack=Spec(name="restore"))
+    told = run_trial(needs)
+    assert told.ending == "failed"
+    assert "restore: needs a public ancestor" in told.note
+    assert run_trial(replace(needs, ancestor=str(classifier_folder))).ending == "survived"
