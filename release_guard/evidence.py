@@ -40,6 +40,14 @@ class Cost(_Value):
         """The amount in one unit."""
         return float(getattr(self, unit))
 
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            steps=self.steps + other.steps,
+            samples=self.samples + other.samples,
+            flops=self.flops + other.flops,
+            seconds=self.seconds + other.seconds,
+        )
+
 
 class Point(_Value):
     """Held-out score in [0, 1] after a cost."""

@@ -102,7 +102,7 @@ class Lora(Attack):
                 tampered, batches, self.recipe, budget=share, grid_ratio=grid_ratio, seed=seed
             )
             for cost in costs:
-                spent = _sum(before, cost)
+                spent = before + cost
                 yield Tampered(tampered, spent, parameters)
 
     @property
@@ -159,10 +159,6 @@ def _merge(module: nn.Module) -> None:
                 adapted.merge()
                 setattr(part, name, adapted.get_base_layer())
     vars(module).pop("peft_config", None)
-
-
-def _sum(one: Cost, other: Cost) -> Cost:
-    return Cost(**{name: getattr(one, name) + getattr(other, name) for name in Cost.model_fields})
 
 
 def _last_name(name: str) -> str:
