@@ -58,3 +58,5 @@ def _sources(policy: Policy) -> Iterator[tuple[str, str]]:
                     yield f"{group}[{place}].{key}", source
     if policy.red_team.never_knew not in {"fresh", "unavailable"}:
         yield "red_team.never_knew", policy.red_team.never_knew
+    if policy.red_team.ancestor not in {None, "undefended"}:
+        yield "red_team.ancestor", str(policy.red_team.ancestor)

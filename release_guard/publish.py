@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from release_guard.attacks import Attack
 from release_guard.attestation import attest
 from release_guard.card import Publication, card
-from release_guard.errors import IntegrityError, ModelError
+from release_guard.errors import IntegrityError, ModelError, PolicyError
 from release_guard.evidence import SUITE, Evidence, StageReport, canonical_json
 from release_guard.gate import gate
 from release_guard.hubs import Hub
@@ -17,11 +17,12 @@ from release_guard.ledger import Ledger
 from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
 from release_guard.modalities import Modality, settle_threads
 from release_guard.oms import sign
-from release_guard.policy import Policy
+from release_guard.policy import HUB_PREFIX, Policy
 from release_guard.redteam import Session, Subject, red_team
 from release_guard.release import Candidate, Receipt, Verdict
 from release_guard.report import render
 from release_guard.run import Run, folder_made_whole, share_files
+from release_guard.sham_weights import sham_of
 from release_guard.signers import Signer
 from release_guard.stages import Stage, Workspace
 from release_guard.verify import Trust, require_intact, verify
@@ -138,10 +139,15 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
         "as_is": order.as_is,
         "suite": SUITE,
     }
+    check_attacks(order.policy)
+    ancestor = public_ancestor(order.policy, source, undefended)
+    if ancestor is not None:
+        about["ancestor"] = hash_directory(ancestor).payload.root
     modality = Modality.build(order.policy.modality)
     base = modality.load(str(undefended))
     settle_threads(base, session.workers)
     check_data(base, order.policy)
+    check_relatives(base, order.policy, ancestor)
     run = Run.claim(output, about)
     run.write(run.policy.name, order.policy.source)
     stages: tuple[StageReport, ...] = ()
@@ -150,7 +156,63 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
     else:
         stages = _immunize(base, order.policy, run, session)
     immunized = modality.load(str(run.immunized))
-    return Subject(undefended, run.immunized, base, immunized, stages), run
+    moved = _make_sham(base, immunized, run, order.policy, session)
+    return Subject(undefended, run.immunized, base, immunized, stages, moved, ancestor), run
+
+
+def check_attacks(policy: Policy) -> None:
+    """Whether every listed attack is for this kind of model, and has the ancestor it needs.
+
+    Raises:
+        PolicyError: One line for each that is not.
+    """
+    lines = []
+    for place, spec in enumerate(policy.attacks):
+        attack, kind = Attack.build(spec, where=f"attacks[{place}]"), policy.modality.name
+        if attack.modalities and kind not in attack.modalities:
+            others = ", ".join(attack.modalities)
+            lines.append(
+                f"attacks[{place}]: {spec.name} is for {others}, not for {kind}; remove it"
+            )
+        if attack.needs_ancestor and policy.red_team.ancestor is None:
+            advice = "name one as red_team.ancestor, or remove the attack"
+            lines.append(f"attacks[{place}]: {spec.name} needs a public ancestor; {advice}")
+    if lines:
+        raise PolicyError("\n".join(lines))
+
+
+def public_ancestor(policy: Policy, source: Path, undefended: Path) -> Path | None:
+    """Folder of the ancestor the policy names.
+
+    Raises:
+        PolicyError: It is one of the two models that are compared with it.
+        ModelError: It cannot be had.
+    """
+    named = policy.red_team.ancestor
+    if named is None or named == "undefended":
+        return None if named is None else undefended
+    folder = local_folder(named.removeprefix(HUB_PREFIX))
+    root = hash_directory(folder).payload.root
+    if root == hash_directory(undefended).payload.root:
+        advice = 'if that is public, write ancestor = "undefended"'
+        raise PolicyError(f"red_team.ancestor: {named} is the undefended model itself; {advice}")
+    if root == hash_directory(source).payload.root:
+        advice = "name the public model it was made from, or remove the key"
+        raise PolicyError(f"red_team.ancestor: {named} is the model to be released; {advice}")
+    return folder
+
+
+def check_relatives(base: "ModelHandle", policy: Policy, ancestor: Path | None) -> None:
+    """Whether the ancestor and the donors of merges have the base model's tensors.
+
+    Raises:
+        ModelError: One cannot be loaded, or has other shapes.
+    """
+    sources = [str(ancestor)] if policy.red_team.ancestor not in {None, "undefended"} else []
+    for target in policy.merge_targets:
+        sources += filter(None, [target.donor, target.base])
+    for source in dict.fromkeys(sources):
+        base.peer(source)
 
 
 def check_data(base: "ModelHandle", policy: Policy) -> None:
@@ -160,6 +222,8 @@ def check_data(base: "ModelHandle", policy: Policy) -> None:
         ModelError: A data set cannot be read, or a concept shares examples with the retained data.
     """
     base.digest(policy.retain.dataset)
+    for target in policy.merge_targets:
+        base.digest(target.dataset)
     for concept in policy.concepts:
         overlap = base.overlap(concept.dataset, policy.retain.dataset)
         if overlap.exact > policy.gate.max_overlap:
@@ -284,6 +348,23 @@ def _immunize(
     with folder_made_whole(run.immunized) as folder:
         model.save(folder)
     return tuple(reports)
+
+
+def _make_sham(
+    base: "ModelHandle", immunized: "ModelHandle", run: Run, policy: Policy, session: Session
+) -> Path | None:
+    """Folder of the sham, made once: it depends on nothing but what this run is about."""
+    if not policy.red_team.sham:
+        return None
+    if not run.sham.is_dir():
+
+        def progress(done: int, rounds: int, line: str) -> None:
+            session.progress("make the sham", done, rounds, line)
+
+        moved = sham_of(base, immunized, policy, progress)
+        with folder_made_whole(run.sham) as folder:
+            moved.save(folder)
+    return run.sham
 
 
 def _apply(
