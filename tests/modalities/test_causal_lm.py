@@ -237,6 +237,9 @@ def test_messages_are_written_in_the_models_own_template(lm_folder: Path) -> Non
     )
     messages = [{"role": "system", "content": "bay"}, {"role": "user", "content": "ash"}]
     assert handle.chat(messages) == "system: bay user: ash :"
+    handle._tokenizer.chat_template = "{{ raise_exception('system role not supported') }}"
+    with pytest.raises(ModelError, match="cannot be used: system role not supported"):
+        handle.chat(messages)
 
 
 def test_units_are_tokens(handle: LanguageModel, text_data: Path) -> None:
