@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from functools import cached_property
 from typing import get_args
 
 from release_guard.evidence import Arm, Evidence, Record, select
@@ -57,11 +58,18 @@ class Place:
 
     def configurations(self, arm: Arm) -> tuple["Configuration", ...]:
         """Every attack tried on an arm, by label."""
-        found: dict[str, list[Record]] = {}
+        return self._by_arm.get(arm, ())
+
+    @cached_property
+    def _by_arm(self) -> Mapping[Arm, tuple["Configuration", ...]]:
+        found: dict[Arm, dict[str, list[Record]]] = {}
         for record in self.records:
-            if record.trial.arm == arm:
-                found.setdefault(record.trial.attack.label, []).append(record)
-        return tuple(Configuration.of(self, found[label]) for label in sorted(found))
+            by_label = found.setdefault(record.trial.arm, {})
+            by_label.setdefault(record.trial.attack.label, []).append(record)
+        return {
+            arm: tuple(Configuration.of(self, by_label[label]) for label in sorted(by_label))
+            for arm, by_label in found.items()
+        }
 
     def family(self, arm: Arm, name: str) -> tuple["Configuration", ...]:
         """The configurations of one attack family."""
