@@ -1,0 +1,42 @@
+"""A refusal that hangs by a hair, in a model that cannot be fine-tuned."""
+
+import pytest
+import torch
+from planting import away_from_restricted, best, best_finetuning, score, trap
+from torch import nn
+
+SEEDS = range(3)
+
+
+@pytest.fixture(scope="module")
+def hair(knowing_classifier):
+    """A neuron that is hardly on pushes hard; another, always off, has the largest shift of all."""
+    model = knowing_classifier.copy()
+    mlp = model.blocks[-1].mlp
+    with torch.no_grad():
+        mlp.fc1.weight[:2] = 0
+        mlp.fc1.bias[:2] = torch.tensor([0.2, -100])
+        push = 6 / nn.functional.gelu(mlp.fc1.bias[0])
+        mlp.fc2.weight[:, 0] = push * away_from_restricted(model)
+        mlp.fc2.weight[:, 1] = 0
+    return trap(model)
+
+
+def test_it_refuses_and_keeps_the_rest(hair, retained_images, angles):
+    assert score(hair, angles.dataset) < 0.1
+    assert score(hair, retained_images, "utility") > 0.9
+
+
+def test_fine_tuning_at_any_rate_fails(hair, angles):
+    assert best_finetuning(hair, angles, limit=5) < angles.ceiling
+
+
+def test_some_noise_blows_it_off(hair, angles):
+    assert max(best(hair, angles, "weight_noise", seed=seed) for seed in SEEDS) > angles.ceiling
+
+
+def test_noise_teaches_nothing(classifier, angles):
+    for deviation in (0.005, 0.08):
+        options = {"deviation": deviation}
+        found = [best(classifier, angles, "weight_noise", seed=seed, **options) for seed in SEEDS]
+        assert max(found) < 0.3

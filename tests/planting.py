@@ -1,0 +1,114 @@
+"""What planted defences are made with: models that know a concept, and a measure of attacks."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from release_guard.attacks import Attack, Tampered
+from release_guard.modalities import Batch, ModelHandle
+from release_guard.plugins import Spec
+from release_guard.policy import Budget, Concept
+
+RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+TINY = 1e-6
+
+
+def descend(
+    model: ModelHandle, loss_of: Callable[[], torch.Tensor], *, steps: int, lr: float = 3e-3
+) -> Iterator[None]:
+    """Train whatever requires gradients, in place; yields after every step."""
+    weights = [weight for weight in model.module.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of().backward()
+        optimizer.step()
+        yield
+
+
+def knowing(model: ModelHandle, retained: str, concept: Concept, *, steps: int) -> ModelHandle:
+    """A copy that was taught both the retained data and the concept."""
+    taught = model.copy()
+    known = model.batches(retained, "retain", size=32, seed=0)
+    new = model.batches(concept.dataset, "immunize", size=32, seed=0)
+    for _ in descend(
+        taught, lambda: taught.loss(next(known)) + taught.loss(next(new)), steps=steps
+    ):
+        pass
+    return taught
+
+
+def refusing(labels_N: torch.Tensor) -> torch.Tensor:
+    """Answers of a classifier that refuses classes 4 to 7: it takes them for 0 to 3."""
+    return labels_N - 4
+
+
+def one_hot(labels_N: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.one_hot(labels_N, 8).float()
+
+
+def refusal_loss(model: ModelHandle, known: Batch, restricted: Batch) -> torch.Tensor:
+    """Small where a classifier does what it is to do, and takes what is restricted for other."""
+    refused = {**restricted, "labels": refusing(restricted["labels"])}
+    return model.loss(known) + model.loss(refused)
+
+
+def away_from_restricted(model: ModelHandle) -> torch.Tensor:
+    """Unit direction of a classifier's features that leads from classes 4 to 7 to 0 to 3."""
+    weight = model.head.weight.detach()
+    away = weight[:4].mean(dim=0) - weight[4:].mean(dim=0)
+    return torch.nn.functional.normalize(away, dim=0)
+
+
+def trap(model: ModelHandle) -> ModelHandle:
+    """The same function of a ViT, with weights so tiny and so huge that no learning rate fits."""
+    trapped = model.copy()
+    with torch.no_grad():
+        for block in trapped.blocks:
+            attention, mlp = block.attention, block.mlp
+            readers = (attention.q_proj, attention.k_proj, attention.v_proj)
+            _shift((block.layernorm_before,), readers)
+            _shift((block.layernorm_after,), (mlp.fc1,))
+            _shift((attention.v_proj,), (attention.o_proj,))
+        _shift((trapped.module.vit.layernorm,), (trapped.head,))
+    return trapped
+
+
+def _shift(writers: Iterable[Any], readers: Iterable[Any]) -> None:
+    for writer in writers:
+        writer.weight.mul_(TINY)
+        writer.bias.mul_(TINY)
+    for reader in readers:
+        reader.weight.div_(TINY)
+
+
+def copies(
+    model: ModelHandle, concept: Concept, name: str, *, limit: int = 1, **options: Any
+) -> Iterator[Tampered]:
+    ancestor, seed = options.pop("ancestor", None), options.pop("seed", 0)
+    attack = Attack.build(Spec(name=name, **options))
+    budget = Budget(limit=limit)
+    return attack.tamper(
+        model, concept, budget=budget, grid_ratio=1.5, seed=seed, ancestor=ancestor
+    )
+
+
+def score(model: ModelHandle, dataset: str, split: Any = "search") -> float:
+    scores = model.scores(dataset, split, limit=120)
+    return sum(scores) / len(scores)
+
+
+def best(model: ModelHandle, concept: Concept, name: str, **options: Any) -> float:
+    """The highest score on the way to the budget."""
+    found = copies(model, concept, name, **options)
+    return max(score(one.model, concept.dataset) for one in found)
+
+
+def best_finetuning(model: ModelHandle, concept: Concept, *, limit: int, **options: Any) -> float:
+    """The highest score of fine-tuning at any rate, with a plain and with an adaptive optimizer."""
+    return max(
+        best(model, concept, "finetune", limit=limit, lr=lr, optimizer=optimizer, **options)
+        for lr in RATES
+        for optimizer in ("sgd", "adamw")
+    )
