@@ -85,6 +85,9 @@ class MergeTarget(Target):
     """The other model of the merge: a local folder or a Hub id at a revision."""
     base: Source | None = None
     """Their common ancestor, where the merge method wants one."""
+    donor_dataset: Source | None = None
+    """Examples of what the donor can do. Merges that read examples read its split `attack` too;
+    without it they know nothing of the donor's task."""
 
 
 class Retain(_Value):
@@ -331,7 +334,7 @@ PROFILES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-_SOURCES = ("dataset", "scored_on", "donor", "base")
+_SOURCES = ("dataset", "scored_on", "donor", "base", "donor_dataset", "judge", "others")
 _ARMS = {"never_knew": {"fresh", "unavailable"}, "ancestor": {"undefended"}}
 
 
@@ -346,6 +349,8 @@ def _resolve(table: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         return {key: local(key, value) for key, value in part.items()}
 
     resolved = dict(table) | {"retain": within(table["retain"])}
+    if isinstance(table["modality"], Mapping):
+        resolved["modality"] = within(table["modality"])
     for group in ("concepts", "merge_targets"):
         resolved[group] = [within(target) for target in table.get(group, ())]
     resolved["red_team"] = {

@@ -154,9 +154,13 @@ class LanguageModel(ModelHandle):
         return twin
 
     def peer(self, source: str) -> Self:
+        other = self._modality.load(source)
+        checkpoints.check_same_shape(source, self.module, other.module)
+        if other._tokenizer.get_vocab() != self._tokenizer.get_vocab():
+            reason = "its tokenizer numbers other words than the model's"
+            raise ModelError(f"{source}: {reason}; give a checkpoint with the same vocabulary")
         twin = copy.copy(self)
-        twin.module = self._modality.load(source).module
-        checkpoints.check_same_shape(source, self.module, twin.module)
+        twin.module = other.module
         return twin
 
     def texts(self, batch: Batch) -> list[str]:
