@@ -16,10 +16,15 @@ os.environ.update(
 )  # before anything imports torch or huggingface_hub: they read it once
 
 from pathlib import Path  # noqa: E402
+from typing import cast  # noqa: E402
 
 import pico  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from release_guard.modalities import Modality, Painter  # noqa: E402
+from release_guard.plugins import Spec  # noqa: E402
+from release_guard.policy import Concept  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -74,3 +79,18 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text-to-image pipeline that paints the retained bars, the others by no name in the data."""
     return pico.pico_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="session")
+def painter(pipeline_folder: Path, judge_folder: Path) -> Painter:
+    """That pipeline with its judge; never change it, copy it."""
+    options = {"judge": str(judge_folder), "sampling_steps": 4, "guidance": 1.0}
+    spec = Spec(name="text_to_image", **options)
+    return cast("Painter", Modality.build(spec).load(str(pipeline_folder)))
+
+
+@pytest.fixture(scope="session")
+def standing(picture_data: Path) -> Concept:
+    """What it paints by no name in the data."""
+    dataset = str(picture_data / "restricted.parquet")
+    return Concept(name="standing-bars", dataset=dataset, ceiling=0.6)

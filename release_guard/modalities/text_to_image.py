@@ -151,7 +151,7 @@ class TextToImageModel(Painter):
 
     def renamed(self, dataset: str, *, template: str, length: int, seed: int) -> Self:
         if "{}" not in template:
-            raise ModelError(f"template {template!r} has no {{}} for the new words; add it")
+            raise ModelError(f"template {template!r} has no place for new words; write {{}} there")
         data = self._pictures(dataset)
         labels = sorted({data.labels[row] for row in data.catalogue.rows("attack")})
         twin = self.copy()
@@ -167,6 +167,10 @@ class TextToImageModel(Painter):
         encoder.set_input_embeddings(AddedWords(known, first=first, num_words=num, seed=seed))
         twin._parts = replace(self._parts, tokenizer=tokenizer)
         twin._prompts = {label: template.format(" ".join(words[label])) for label in labels}
+        tokens_NL = twin._pipeline.tokens(list(twin._prompts.values()))
+        if int((tokens_NL >= first).sum()) < num:
+            reads = f"the text encoder reads {tokens_NL.shape[1]} tokens"
+            raise ModelError(f"template {template!r} leaves no room for new words: {reads}")
         return twin
 
     def embed(self, prompts: Sequence[str]) -> Tensor:

@@ -29,10 +29,8 @@ def causal_lm(lm_folder, text_data):
 
 
 @pytest.fixture(scope="module")
-def text_to_image(pipeline_folder, judge_folder, picture_data):
-    options = {"judge": str(judge_folder), "sampling_steps": 4, "guidance": 1.0}
-    model = Modality.build(Spec(name="text_to_image", **options)).load(str(pipeline_folder))
-    return model, concept_of(picture_data / "restricted.parquet")
+def text_to_image(painter, standing):
+    return painter, standing
 
 
 def concept_of(path):
