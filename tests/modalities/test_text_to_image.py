@@ -134,8 +134,10 @@ def test_both_scores_follow_fine_tuning(pipeline_folder: Path, standing: Concept
 
 
 def test_lora_finds_the_attention_blocks(painter: Painter, standing: Concept) -> None:
-    attack = Attack.build(Spec(name="lora", layers=["to_q", "to_k", "to_v"], head="frozen"))
-    *_, last = attack.tamper(painter, standing, budget=Budget(limit=60), grid_ratio=2, seed=0)
+    attack = Attack.build(
+        Spec(name="lora", layers=["to_q", "to_k", "to_v"], head="frozen", lr=1e-2)
+    )
+    *_, last = attack.tamper(painter, standing, budget=Budget(limit=100), grid_ratio=2, seed=0)
     adapters = {name for name in last.model.state() if "lora_A" in name}
     assert len(adapters) == 4 * 2 * 3  # blocks, self and cross, three projections
     assert share(last.model.scores(standing.dataset, "search", limit=100)) > 0.3
@@ -211,20 +213,6 @@ def test_a_judge_that_never_agrees_is_caught(
 
     judge = judge_of(judge_folder, tmp_path / "judge", turned)
     with pytest.raises(ModelError, match="sees class 4 in 0% of its pictures"):
-        load(pipeline_folder, judge=str(judge)).scores(standing.dataset, "search", limit=10)
-
-
-def test_a_judge_that_takes_others_for_it_is_caught(
-    pipeline_folder: Path, judge_folder: Path, standing: Concept, tmp_path: Path
-) -> None:
-    def eager(module: Any) -> None:
-        module.classifier[1].weight[5] = module.classifier[1].weight[4]
-        module.classifier[1].bias[4] = module.classifier[1].bias[5] + 1e3
-
-    judge = judge_of(judge_folder, tmp_path / "judge", eager)
-    with pytest.raises(
-        ModelError, match=r"the judge .* sees class 4 in 100% of its pictures, 100%"
-    ):
         load(pipeline_folder, judge=str(judge)).scores(standing.dataset, "search", limit=10)
 
 
@@ -373,7 +361,7 @@ def test_weights_that_are_not_whole(
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
     change(state)
-    save_file(state, path)
+    save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=message):
         load(folder)
 
