@@ -13,6 +13,7 @@ from release_guard.release import Receipt, Result, Strength, Verdict
 if TYPE_CHECKING:
     from release_guard.evidence import Evidence
     from release_guard.plan import Plan, Row
+    from release_guard.replay import Replay
     from release_guard.verify import Verification
 
 _GIGA, _MEGA = 1e9, 1e6
@@ -49,6 +50,33 @@ def verification_document(verification: "Verification") -> dict[str, Any]:
         "suite": None if claims is None else claims.suite,
         "valid_until": None if claims is None else claims.valid_until.isoformat(),
         "notes": list(verification.notes),
+        "checks": [
+            {
+                "name": check.name,
+                "signed": check.signed and check.signed.name,
+                "rejudged": check.found and check.found.name,
+                "detail": check.detail,
+            }
+            for check in verification.rejudged
+        ],
+    }
+
+
+def replay_document(
+    replayed: "Replay", evidence: "Evidence", environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """Both outcomes, how they compare, and on what machines they came about."""
+    trial = replayed.record.trial
+    return {
+        "key": trial.key,
+        "trial": trial.model_dump(mode="json"),
+        "agreement": str(replayed.agreement),
+        "distance": replayed.distance,
+        "tolerance": replayed.tolerance,
+        "recorded": replayed.record.outcome.model_dump(mode="json"),
+        "replayed": replayed.outcome.model_dump(mode="json"),
+        "recorded_on": dict(evidence.environment),
+        "replayed_on": dict(environment),
     }
 
 
@@ -99,6 +127,27 @@ def verification_lines(verification: "Verification") -> Iterator[str]:
         yield f"  {claims.claim}"
         yield f"  policy sha256:{claims.policy}, valid until {claims.valid_until:%Y-%m-%d}"
     yield f"  signer {verification.identity}"
+
+
+def rejudged_lines(verification: "Verification") -> Iterator[str]:
+    """Every check as the gate judges it now, and how it was signed if that differs."""
+    if not verification.rejudged:
+        yield "the gate was not run again: there is no evidence that could be trusted"
+    for check in verification.rejudged:
+        result = check.found.name if check.found else "gone"
+        signed = "" if check.agrees else f" [signed {check.signed.name if check.signed else 'not'}]"
+        yield f"  {result}{signed} {check.name}: {check.detail}".rstrip(": ")
+
+
+def replay_lines(replayed: "Replay") -> Iterator[str]:
+    """How the outcomes compare, then both."""
+    trial, distance = replayed.record.trial, replayed.distance
+    gap = "at other costs" if distance is None else f"largest difference {distance:.3g}"
+    yield f"{replayed.agreement} ({gap}, tolerance {replayed.tolerance:g})"
+    yield f"  {trial.arm} {trial.attack.label} {trial.target}@{trial.precision} seed {trial.seed}"
+    for name, outcome in (("recorded", replayed.record.outcome), ("replayed", replayed.outcome)):
+        scores = " ".join(f"{point.score:.4f}" for point in outcome.curve)
+        yield f"  {name}: {outcome.ending} {outcome.note} {scores}".rstrip()
 
 
 def plan_lines(plan: "Plan") -> Iterator[str]:

@@ -77,14 +77,23 @@ def test_damaged_line_is_named_and_skipped(damage: bytes, tmp_path: Path) -> Non
     assert ledger.get(RECORDS[2].trial)
 
 
-def test_a_line_whose_trial_was_edited_does_not_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'"seed":', b'"seed":1'), (b'"score":0.', b'"score":0.0'), (b'"outcome_digest"', b'"x"')],
+    ids=["trial", "outcome", "digest"],
+)
+def test_a_line_that_was_edited_does_not_count(old: bytes, new: bytes, tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
     filled(path, RECORDS[:1])
-    path.write_bytes(path.read_bytes().replace(b'"seed":', b'"seed":1'))
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
     warnings: list[str] = []
+    ledger = Ledger(path, warnings.append)
 
-    assert len(Ledger(path, warnings.append)) == 0
-    assert "key and trial differ" in warnings[0]
+    assert len(ledger) == 0
+    assert ledger.get(RECORDS[0].trial) is None
+    assert warnings == [
+        f"{path}:1: changed since it was written; skipped, that trial will run again"
+    ]
 
 
 def test_half_a_last_line_costs_that_trial_only(tmp_path: Path) -> None:
