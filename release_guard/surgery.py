@@ -50,10 +50,15 @@ def whitening(covariance_FF: Tensor) -> tuple[Tensor, Tensor]:
 
     Directions without variance are scaled as if they had a little, so that the inverse exists.
     """
-    variances_F, directions_FF = torch.linalg.eigh(covariance_FF)
+    own_F = covariance_FF.diagonal().sqrt()
+    # Each feature in its own unit first: they may differ by more than eigenvalues can tell.
+    scale_F = torch.where(own_F > 0, own_F, 1.0)
+    correlation_FF = covariance_FF / scale_F.outer(scale_F)
+    variances_F, directions_FF = torch.linalg.eigh(correlation_FF)
     floor = (_NEGLIGIBLE * variances_F[-1]).clamp_min(_NO_VARIANCE)
     deviations_F = variances_F.clamp_min(floor).sqrt()
-    return directions_FF / deviations_F, deviations_F.unsqueeze(1) * directions_FF.T
+    whitening_FF = directions_FF / deviations_F / scale_F.unsqueeze(1)
+    return whitening_FF, deviations_F.unsqueeze(1) * directions_FF.T * scale_F
 
 
 def normalizations(module: nn.Module) -> list[nn.Module]:
