@@ -168,8 +168,8 @@ def _never_knew_root(undefended: Path, policy: Policy) -> str:
 
 
 def _data_digest(base: "ModelHandle", target: Target) -> str:
-    sources = [target.dataset, *filter(None, [getattr(target, "scored_on", None)])]
-    parts = [base.digest(source) for source in sources]
+    others = (getattr(target, key, None) for key in ("scored_on", "donor_dataset"))
+    parts = [base.digest(source) for source in (target.dataset, *filter(None, others))]
     if isinstance(target, MergeTarget):
         parts += [_named_root(source) for source in (target.donor, target.base) if source]
     return hashlib.sha256("".join(parts).encode()).hexdigest()

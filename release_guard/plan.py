@@ -27,7 +27,14 @@ from release_guard.phases import (
 from release_guard.plugins import Spec
 from release_guard.policy import Concept, Policy, Precision, Target
 from release_guard.priors import searchable
-from release_guard.search import best_of_each_family, controls, from_scratch, listed, retuned
+from release_guard.search import (
+    DRAWN_AT_ONCE,
+    best_of_each_family,
+    controls,
+    from_scratch,
+    listed,
+    retuned,
+)
 
 _CHECKPOINT_COPIES = 20  # weights, optimizer moments, simulated attackers with theirs; kept twice
 _LINE_BYTES, _POINT_BYTES = 900, 90  # of a trial in ledger and evidence
@@ -186,7 +193,7 @@ def _listed(policy: Policy, target: Target) -> list[Part]:
 
 
 def _drawn_and_searched(policy: Policy, target: Target, pool: tuple[Spec, ...]) -> list[Part]:
-    kept = min(policy.red_team.drawn, len(pool))
+    kept = min(policy.red_team.drawn + DRAWN_AT_ONCE - 1, len(pool))
     families, num_searched = searchable(listed(policy, target)), policy.red_team.searched
     return [
         Part(DRAW, "undefended", target, pool, len(pool)),

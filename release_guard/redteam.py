@@ -50,6 +50,7 @@ from release_guard.policy import Concept, Policy, Precision, Target
 from release_guard.priors import fitting, searchable
 from release_guard.quantization import at
 from release_guard.search import (
+    DRAWN_AT_ONCE,
     best_of_each_family,
     controls,
     from_scratch,
@@ -63,8 +64,6 @@ from release_guard.statistics import best_score, breached, confirm, flagged
 
 if TYPE_CHECKING:
     from release_guard.modalities import ModelHandle
-
-_DRAWN_AT_ONCE = 8  # attacks of the pool, whatever the number of workers
 
 Progress = Callable[[str, int, int, str], None]
 """Phase, steps done, steps in all, and a line worth showing."""
@@ -176,13 +175,13 @@ class _Team:
         wanted = self.policy.red_team.drawn
         drawn = pool(self.policy, target, fitting(self.subject.base, target))
         kept: list[Spec] = []
-        for start in range(0, len(drawn), _DRAWN_AT_ONCE):
+        for start in range(0, len(drawn), DRAWN_AT_ONCE):
             if len(kept) < wanted:
-                together = drawn[start : start + _DRAWN_AT_ONCE]
+                together = drawn[start : start + DRAWN_AT_ONCE]
                 found = list(self._run(DRAW, "undefended", target, together, precision))
                 effective = {item.trial.attack.label for item in found if self._breaches(item)}
                 kept += [attack for attack in together if attack.label in effective]
-        self._attack(DRAW, target, kept[:wanted], precision)
+        self._attack(DRAW, target, kept, precision)  # all: a choice among them would be no draw
 
     def search(self, target: Target, precision: Precision) -> None:
         """Adaptive search on the defended model, from all that is known of it."""

@@ -12,6 +12,7 @@ from release_guard.priors import Fits, drawable, draws, rounded
 from release_guard.statistics import best_score, budget_to_breach, geometric_mean
 
 TUNING_FACTORS = (1 / 3, 3.0, 10.0)  # from scratch wants other, mostly larger, learning rates
+DRAWN_AT_ONCE = 8  # attacks of a pool, whatever the number of workers: any number draws the same
 CALMER = 0.3  # what a learning rate is multiplied by after a collapse
 FROM_SCRATCH = "finetune"  # adapters and probes on random features only weaken that arm
 

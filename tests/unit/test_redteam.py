@@ -25,6 +25,7 @@ SMALL = {
     "search_examples": 60,
     "confirm_examples": 60,
     "long_run": 2.0,
+    "grid_ratio": 2.0,
     "never_knew": "unavailable",
 }
 
@@ -116,11 +117,11 @@ def test_every_arm_meets_what_it_must(team: Team, ignorant: Path) -> None:
     evidence, _ = team(ignorant, folders={"sham": ignorant, "ancestor": ignorant}, **RANDOM)
 
     kept, pool = of(evidence, "defended", "drawn"), of(evidence, "undefended", "drawn")
-    assert len(kept) == 2
     breaching = {
         record.trial.attack.label for record in pool if record.outcome.ending == "breached"
     }
-    assert labels(kept) <= breaching
+    assert len(kept) >= 2
+    assert labels(kept) == breaching, "a choice among those that breach would be no draw"
     assert {record.trial.seed for record in kept} <= {record.trial.seed for record in pool}
     assert len({record.trial.seed for record in pool}) == len(pool)
     assert len(of(evidence, "defended", "searched")) == 4
