@@ -86,7 +86,9 @@ class Pipeline:
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Prompts as token numbers (N, L), padded and cut to what the text encoder reads."""
         length = self.network.text_encoder.config.max_position_embeddings
-        rows = self.tokenizer(list(prompts))["input_ids"]  # told to cut, it would stay so when saved
+        rows = self.tokenizer(list(prompts))[
+            "input_ids"
+        ]  # told to cut, it would stay so when saved
         cut = [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in rows]
         padding = self.tokenizer.pad_token_id
         return torch.tensor([row + [padding] * (length - len(row)) for row in cut])
@@ -372,19 +374,24 @@ def _tokenizer(source: str, folder: Path) -> Any:
 
 
 def _scheduler(source: str, folder: Path, index: dict[str, Any]) -> Any:
-    kind: Any = getattr(diffusers, index["scheduler"][1], None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise ModelError(f"{source}: {index['scheduler'][1]} is no scheduler of diffusers; use one")
+    kind = index["scheduler"][1]
+    if not _is_scheduler(getattr(diffusers, kind, None)):
+        raise ModelError(f"{source}: {kind} is no scheduler of diffusers; use one")
     try:
         with _quiet():
-            scheduler = kind.from_pretrained(folder / "scheduler", local_files_only=True)
+            found = getattr(diffusers, kind)
+            scheduler = found.from_pretrained(folder / "scheduler", local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = brief(error)
         raise ModelError(f"{source}: its scheduler cannot be loaded: {reason}") from error
-    if (found := scheduler.config.get("prediction_type", "epsilon")) not in _PREDICTIONS:
+    if (predicts := scheduler.config.get("prediction_type", "epsilon")) not in _PREDICTIONS:
         wanted = " or ".join(_PREDICTIONS)
-        raise ModelError(f"{source}: scheduler predicts {found!r}; give a model with {wanted}")
+        raise ModelError(f"{source}: scheduler predicts {predicts!r}; give a model with {wanted}")
     return scheduler
+
+
+def _is_scheduler(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
 
 
 @contextmanager
