@@ -84,7 +84,9 @@ def rotation(ours_ND: Tensor, theirs_ND: Tensor, *, centred: bool) -> Tensor:
     ones_D1 = torch.ones_like(ours_ND[:1]).T
     rest_DE = torch.linalg.qr(ones_D1, mode="complete").Q[:, 1:]
     inner_EE = _procrustes(ours_ND @ rest_DE, theirs_ND @ rest_DE)
-    return ones_D1 @ ones_D1.T / len(ones_D1) + rest_DE @ inner_EE @ rest_DE.T
+    mean_DD = torch.full_like(inner_EE[:1, :1], 1 / len(ones_D1))
+    turn_DD: Tensor = mean_DD + rest_DE @ inner_EE @ rest_DE.T
+    return turn_DD
 
 
 def least_squares(ours_HI: Tensor, theirs_HI: Tensor) -> Tensor:
@@ -166,12 +168,14 @@ def scales(ours_ND: Tensor, theirs_ND: Tensor) -> Tensor:
 
 
 def _norms(vectors_ND: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(vectors_ND, dim=1).clamp_min(_TINY)
+    lengths_N: Tensor = torch.linalg.vector_norm(vectors_ND, dim=1)
+    return lengths_N.clamp_min(_TINY)
 
 
 def _procrustes(ours_ND: Tensor, theirs_ND: Tensor) -> Tensor:
     left_DD, _, right_DD = torch.linalg.svd(ours_ND.T @ theirs_ND)
-    return left_DD @ right_DD
+    nearest_DD: Tensor = left_DD @ right_DD
+    return nearest_DD
 
 
 def _pairs(rows_HI: Tensor) -> Tensor:

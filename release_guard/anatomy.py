@@ -120,7 +120,10 @@ def _attention(name: str, part: Any, module: Any) -> Attention:
     normed = any(hasattr(part, norm) for norm in ("q_norm", "k_norm"))
     rotary = any("Rotary" in type(other).__name__ for other in module.modules())
     return Attention(
-        *(f"{name}.{letter}_proj" for letter in "qkvo"),
+        query=f"{name}.q_proj",
+        key=f"{name}.k_proj",
+        value=f"{name}.v_proj",
+        output=f"{name}.o_proj",
         heads=heads,
         groups=getattr(module.config, "num_key_value_heads", None) or heads,
         mixing="none" if normed else "rotary" if rotary else "any",
@@ -174,7 +177,7 @@ def _stream(module: Any, attentions: Sequence[Attention], mlps: Sequence[Mlp]) -
     )
     if family is None:
         return None
-    pairs = [(family.last, (family.head,))]
+    pairs: list[tuple[str, tuple[str, ...]]] = [(family.last, (family.head,))]
     for number, (attention, mlp) in enumerate(zip(attentions, mlps, strict=True)):
         layer = f"{family.layers}.{number}"
         before, after = (f"{layer}.{norm}" for norm in family.norms)

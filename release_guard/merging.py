@@ -241,25 +241,24 @@ def _add(base: State, states: Sequence[State], rule: Callable[[Sequence[Tensor]]
 def _sum(tensors: Sequence[Tensor], weights: Weights) -> Tensor:
     """Weighted sum."""
     first, *others = zip(tensors, weights, strict=True)
-    total = first[0] * first[1]
+    total: Tensor = first[0] * first[1]
     for tensor, weight in others:
-        total = (
-            total + weight * tensor
-            if isinstance(weight, Tensor)
-            else total.add_(tensor, alpha=weight)
-        )
+        if isinstance(weight, Tensor):
+            total = total + weight * tensor
+        else:
+            total = total.add(tensor, alpha=weight)
     return total
 
 
 def _arc(one: Tensor, other: Tensor, share: float) -> Tensor:
-    norms = [max(part.norm().item(), _TINY) for part in (one, other)]
-    cosine = ((one / norms[0]) * (other / norms[1])).sum().clamp(-1, 1)
+    lengths = one.norm() * other.norm()
+    cosine = ((one * other).sum() / lengths.clamp_min(_TINY)).clamp(-1, 1)
     if cosine.abs() > _PARALLEL:
-        return (1 - share) * one + share * other
+        return torch.lerp(one, other, share)
     angle = torch.acos(cosine)
-    return (torch.sin((1 - share) * angle) * one + torch.sin(share * angle) * other) / torch.sin(
-        angle
-    )
+    parts = torch.sin((1 - share) * angle) * one + torch.sin(share * angle) * other
+    arc: Tensor = parts / torch.sin(angle)
+    return arc
 
 
 def _shrunk(gram_II: Tensor, keep: float) -> Tensor:

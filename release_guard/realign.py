@@ -217,11 +217,9 @@ def _anchor_heads(work: State, anchor: State, attention: Attention) -> None:
     """Bring each projection of each head near its ancestor's, in place, whatever that bends."""
     for role in _ROLES:
         ours, theirs = (_heads(state, attention, role) for state in (work, anchor))
-        mixes = [
-            least_squares(*pair)
-            for pair in zip(ours.flatten(0, 1), theirs.flatten(0, 1), strict=True)
-        ]
-        _put_heads(work, attention, role, torch.stack(mixes).unflatten(0, ours.shape[:2]) @ ours)
+        pairs = zip(ours.flatten(0, 1), theirs.flatten(0, 1), strict=True)
+        mixes_AHH = torch.stack([least_squares(*pair) for pair in pairs])
+        _put_heads(work, attention, role, (mixes_AHH @ ours.flatten(0, 1)).view_as(ours))
 
 
 def _heads(state: State, attention: Attention, role: Role) -> Tensor:
@@ -229,7 +227,7 @@ def _heads(state: State, attention: Attention, role: Role) -> Tensor:
     layer = getattr(attention, role)
     rows = state[f"{layer}.weight"].T if role == "output" else with_bias(state, layer)
     width = len(state[f"{attention.key}.weight"]) // attention.groups
-    return rows.unflatten(0, (attention.groups, -1, width))
+    return rows.reshape(attention.groups, -1, width, rows.shape[1])
 
 
 def _put_heads(state: State, attention: Attention, role: Role, heads_GSHI: Tensor) -> None:

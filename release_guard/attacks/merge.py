@@ -69,7 +69,7 @@ class Merge(Transform):
         if self.method == "linear":
             return merging.linear(both, weights)
         if self.method == "slerp":
-            return merging.slerp(*both, self.donor_weight / sum(weights))
+            return merging.slerp(parts.release, parts.donor, self.donor_weight / sum(weights))
         base, density = parts.need_base(self.method), self.density
         if self.method.startswith("dare"):
             both = [

@@ -114,13 +114,14 @@ class MergeWithData(Transform):
             return merging.layerwise(base, states, dict(zip(names, shares_PM, strict=True)))
 
         for number in range(self.iterations):
-            weights = {name: value for name, value in merged().items() if name in set(names)}
+            state = merged()
+            weights = {name: state[name] for name in names}
             losses = [
-                loss(*one.answers(weights | {name: state[name] for name in own}, number))
-                for one, state in zip(students, states, strict=True)
+                loss(*one.answers(weights | {name: alone[name] for name in own}, number))
+                for one, alone in zip(students, states, strict=True)
             ]
             optimizer.zero_grad()
-            torch.autograd.backward(sum(losses))
+            torch.autograd.backward(torch.stack(losses).sum())
             optimizer.step()
             with torch.no_grad():
                 shares_PM.clamp_(0, 1)

@@ -61,8 +61,8 @@ def student(model, target, count=3):
 
 
 METHODS = {
-    "regmean": ({"weight": 3.0}, {"keep": 0.2}, {"examples": 64}, {"batch": 16}),
-    "fisher": ({"weight": 3.0}, {"floor": 1.0}, {"examples": 8}),
+    "regmean": ({"weight": 3.0}, {"keep": 0.2}, {"examples": 64}),
+    "fisher": ({"weight": 3.0}, {"floor": 1.0}, {"examples": 64}),
     "adamerging": ({"start": 0.2}, {"lr": 0.1}, {"iterations": 9}, {"batch": 16}),
     "coefficients": ({"start": 0.2}, {"lr": 0.1}, {"iterations": 9}, {"batch": 16}),
 }
@@ -155,7 +155,7 @@ def test_coefficients_lower_the_loss_and_adamerging_the_entropy(base, release, t
         ("adamerging", entropy),
     ):
         values = []
-        for iterations in (1, 60):
+        for iterations in (1, 30):
             model = base.copy()
             model.load_state(
                 merge(
