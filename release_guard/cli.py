@@ -155,6 +155,7 @@ def cli() -> None:
 @click.pass_obj
 def publish(  # noqa: PLR0913  click hands over one argument an option
     terminal: Terminal,
+    /,
     *,
     source: str,
     policy_path: Path,
@@ -218,6 +219,7 @@ def publish(  # noqa: PLR0913  click hands over one argument an option
 @click.pass_obj
 def attack(
     terminal: Terminal,
+    /,
     *,
     source: str,
     policy_path: Path,
@@ -370,6 +372,7 @@ def verify(
 @click.pass_obj
 def replay(  # noqa: PLR0913
     terminal: Terminal,
+    /,
     *,
     trial: str,
     evidence: Path | None,

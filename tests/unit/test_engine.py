@@ -1,15 +1,18 @@
 """What all engines share: how a trial runs, and what becomes of one that loses its worker."""
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pico
 import pytest
+import torch
 from engine_jobs import job
 from pydantic import PrivateAttr
 
+from release_guard import engines
 from release_guard.engines import (
     DIED,
     OUT_OF_MEMORY,
@@ -150,3 +153,13 @@ def test_only_attacks_that_need_the_ancestor_load_it(
     assert told.ending == "failed"
     assert "restore: needs a public ancestor" in told.note
     assert run_trial(replace(needs, ancestor=str(classifier_folder))).ending == "survived"
+
+
+@pytest.mark.parametrize(
+    "allocate", [lambda: torch.empty(1 << 50), lambda: numpy.empty(1 << 50), lambda: bytes(1 << 60)]
+)
+def test_running_out_of_memory_is_told_from_other_errors(allocate: Callable[[], object]) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        allocate()
+    assert engines._is_out_of_memory(caught.value)
+    assert not engines._is_out_of_memory(RuntimeError("shapes do not match"))

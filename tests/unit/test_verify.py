@@ -35,6 +35,7 @@ from release_guard.evidence import (
 from release_guard.gate import gate
 from release_guard.manifest import SIGNATURE, DirectoryTree, hash_directory
 from release_guard.oms import to_statement
+from release_guard.outcome import rejudged_lines, verification_document
 from release_guard.release import Candidate
 from release_guard.signers.key import Key
 from release_guard.verify import State, Trust, require_intact, verify
@@ -441,11 +442,22 @@ def test_a_check_that_was_signed_otherwise_is_found_when_every_check_counts(
     found = check(folder, ours, every_check=True)
     assert (found.states, found.exit_code) == ((State.EVIDENCE_INVALID,), 4)
     assert found.findings[0].message == f"judged again, 1 checks differ: {wrong}"
+    (told,) = (line for line in rejudged_lines(found) if "[signed " in line)
+    signed = {"result": "INCONCLUSIVE", "removed": "not", "invented": "PASS"}[change]
+    assert f"[signed {signed}] {wrong}" in told
+    (listed,) = (
+        each
+        for each in verification_document(found)["checks"]
+        if each["signed"] != each["rejudged"]
+    )
+    assert listed["name"] == wrong
 
 
 def test_nothing_is_judged_again_that_was_not_signed(folder: Path, ours: Key) -> None:
     (folder / SIGNATURE).unlink()
-    assert check(folder, ours, every_check=True).rejudged == ()
+    found = check(folder, ours, every_check=True)
+    assert found.rejudged == ()
+    assert "not run again" in " ".join(rejudged_lines(found))
 
 
 def test_the_format_page_names_every_field_of_the_evidence() -> None:
