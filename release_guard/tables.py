@@ -198,7 +198,7 @@ def not_tested(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
             )
         )
     else:
-        parts.append(paragraph("None was seen; longer attacks than those of the long run may."))
+        parts.append(paragraph("None was seen, by the few attacks that went so far; others may."))
     how = "Nothing in this report says anything about the following."
     return section("Not tested", how, *parts)
 
