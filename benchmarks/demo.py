@@ -25,14 +25,15 @@ SEEDS = (0, 1, 2, 3, 4)
 PAPER_STEPS = 32
 """Outer steps of the paper's variant that take about as long as the demo's whole stage."""
 CAPTION = """\
-`release-guard publish --dry-run` of the demo's model by the demo's policy: budget {budget:g} steps,
-kappa at least {kappa:g} with a lower bound of at least {kappa_lower:g}, retained loss at most
-{margin:.1%}. kappa: how many times the steps of the undefended model an attacker needs; sigma: the
-same against a model that never knew the data; head start: never-knew against undefended. `>=`: no
-attack breached within the budget, so the figure is a lower end. A refused run stops at the first
-confirmed breach, before the controls, and then has neither kappa nor sigma. The stage's options were
-tuned looking at seeds 0, 1 and 2, never at 3 and 4. The attacks are those of the smoke sweep, at one
-precision, on one small model: what stronger or longer attacks do is not shown here."""
+`release-guard publish --dry-run` of the demo's model by the demo's policy: budget {budget:g}
+steps, kappa at least {kappa:g} with a lower bound of at least {kappa_lower:g}, retained loss at
+most {margin:.1%}. kappa: how many times the steps of the undefended model an attacker needs;
+sigma: the same against a model that never knew the data; head start: never-knew against
+undefended. `>=`: no attack breached within the budget, so the figure is a lower end. A refused
+run stops at the first confirmed breach, before the controls, and then has neither kappa nor
+sigma. The stage's options were tuned looking at seeds 0, 1 and 2, never at 3 and 4. The attacks
+are those of the smoke sweep, at one precision, on one small model: what stronger or longer
+attacks do is not shown here."""
 
 
 class Variant(NamedTuple):

@@ -59,7 +59,8 @@ class Strength:
         kappa: BTB(defended) / BTB(undefended).
         sigma: BTB(defended) / BTB(never knew); None where that arm is unavailable.
         head_start: BTB(never knew) / BTB(undefended); below 3 a sigma says nothing.
-        long_run: kappa when the best attackers get more than the budget; reported, never judged.
+        long_run: kappa when the best attackers get more than the budget and breach; reported,
+            never judged. None: those few did not breach, which says nothing of the others.
         outside: BTB(defended) / the lesser of BTB(never knew) and BTB(ancestor): what the attacker
             saves by starting from the release; None where no ancestor was attacked.
         ancestor: BTB(ancestor) / BTB(undefended): what holds up whoever has the public ancestor.

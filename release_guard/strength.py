@@ -118,8 +118,9 @@ def _against(place: Place, reference: Sequence[Censored]) -> Interval:
 
 
 def _long_run(place: Place, reference: Sequence[Censored]) -> Interval | None:
+    """Only a breach says something: attacks that were not run so far may need less."""
     tried = [item.costs(place.horizon) for item in _teaching(place, "defended")]
-    counted = [costs for costs in tried if costs]
+    counted = [costs for costs in tried if _any_breach(costs)]
     return _weakest(ratio_bounds(costs, reference) for costs in counted) if counted else None
 
 

@@ -211,8 +211,8 @@ def not_tested(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
             )
         )
     else:
-        rest = "longer attacks than those of the long run may"
-        parts.append(paragraph(f"None was seen of an attack that held off until then; {rest}."))
+        rest = "the few that went so far did not; others may"
+        parts.append(paragraph(f"None was seen of an attack that held off until then: {rest}."))
     how = "Nothing in this report says anything about the following."
     return section("Not tested", how, *parts)
 

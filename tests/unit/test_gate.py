@@ -365,6 +365,11 @@ class TestResists:
         assert verdict.strengths[0].long_run is not None
         assert not verdict.strengths[0].long_run.censored
 
+    def test_few_attacks_that_go_far_and_fail_multiply_nothing(self) -> None:
+        evidence = passing_evidence(POLICY)
+        assert any(record.origin == "long_run" for record in evidence.records)
+        assert gate(evidence, POLICY).strengths[0].long_run is None
+
     def test_an_unlisted_attack_that_breaches_counts(self) -> None:
         evidence = refused_evidence(POLICY)
         other = FIRST.model_copy(update={"name": "merge"})
