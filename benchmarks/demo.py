@@ -23,7 +23,7 @@ TITLE = "Demo"
 SEEDS = (0, 1, 2, 3, 4)
 """The options were tuned looking at 0, 1 and 2; never at 3 and 4."""
 PAPER_STEPS = 32
-"""Outer steps of the paper's variant that take about as long as the demo's whole stage."""
+"""Outer steps of the paper's variant, of 50 attacker steps each; the demo's stage takes longer."""
 CAPTION = """\
 `release-guard publish --dry-run` of the demo's model by the demo's policy: budget {budget:g}
 steps, kappa at least {kappa:g} with a lower bound of at least {kappa_lower:g}, retained loss at

@@ -581,11 +581,11 @@ def _step_summary(
     terminal: Terminal, verdict: "Verdict", evidence: "Evidence", policy: "Policy"
 ) -> None:
     """What the page of a workflow's run shows, where there is one; it changes no outcome."""
-    from release_guard.blocks import summary  # noqa: PLC0415
-
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if not path:
         return
+    from release_guard.blocks import summary  # noqa: PLC0415
+
     try:
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(summary(evidence, verdict, policy))
