@@ -87,8 +87,8 @@ def _calibrate(base: "ModelHandle", folders: Folders, ground: Ground, session: S
         trial = job.trial
         outcome, seconds = timed(job)
         pace = _pace(outcome, seconds, per_example[target, trial.precision], policy)
-        paces[trial.attack.name, trial.precision] = pace
-        line = f"{trial.attack.name}@{trial.precision}: {pace.seconds_per_step:.3g} s a step"
+        paces[trial.attack.family, trial.precision] = pace
+        line = f"{trial.attack.family}@{trial.precision}: {pace.seconds_per_step:.3g} s a step"
         session.progress("calibrate", done, len(jobs), line)
     return paces
 
@@ -101,7 +101,7 @@ def _short_trials(ground: Ground) -> list[tuple[Target, Trial]]:
     for target in policy.targets:
         families = best_of_each_family(listed(policy, target))
         for trial in ground.trials(SEARCH, "undefended", target, families, policy.precisions, 0.0):
-            key = trial.attack.name, trial.precision
+            key = trial.attack.family, trial.precision
             found.setdefault(key, (target, trial.model_copy(update=changes)))
     return list(found.values())
 

@@ -149,11 +149,13 @@ def _methods(policy: Policy, places: Sequence[Place]) -> Iterator[str]:
 
 
 def _untried(policy: Policy, places: Sequence[Place]) -> Iterator[str]:
-    tried, budget = {attack.name for attack in policy.attacks}, policy.red_team.budget
-    tried |= {family for place in places for family in place.families}
+    budget = policy.red_team.budget
+    families = {attack.family for attack in policy.attacks}
+    families |= {family for place in places for family in place.families}
+    tried = {step for family in families for step in family.split(">")}
     language = policy.modality.name == "causal_lm"
-    families = _FAMILIES | (_LANGUAGE_FAMILIES if language else {})
-    yield from (text for name, text in families.items() if name not in tried)
+    known = _FAMILIES | (_LANGUAGE_FAMILIES if language else {})
+    yield from (text for name, text in known.items() if name not in tried)
     for stage in dict.fromkeys(stage.name for stage in policy.stages):
         if not all(place.met(stage) for place in places):
             yield f"attacks written against {stage}"
@@ -165,8 +167,8 @@ def _untried(policy: Policy, places: Sequence[Place]) -> Iterator[str]:
             "weights, rounded and dequantized"
         )
     yield (
-        f"budgets beyond {budget.limit:g} {budget.unit}, but for the best "
-        f"{policy.red_team.long_run_best} of the listed attacks, run to "
+        f"budgets beyond {budget.limit:g} {budget.unit}, but for the best attack of each of "
+        f"{policy.red_team.long_run_best} families, run to "
         f"{budget.limit * policy.red_team.long_run:g}"
     )
 

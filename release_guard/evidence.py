@@ -13,7 +13,7 @@ from release_guard.errors import IntegrityError
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Precision, Unit
 
-SUITE = "1.0"  # version of attacks, splits and rules together; part of every trial's key
+SUITE = "2.0"  # version of attacks, splits and rules together; part of every trial's key
 
 Arm = Literal["undefended", "defended", "never_knew", "sham", "ancestor"]
 Ending = Literal["breached", "survived", "collapsed", "failed"]

@@ -119,7 +119,7 @@ def worst_unlisted(place: Place, arm: Arm) -> Mapping[str, Effort]:
         if effort.attack.label not in listed:
             origins = {record.origin for record in effort.records}
             kind = next((_UNLISTED[each] for each in _UNLISTED if each in origins), "not listed")
-            groups.setdefault(f"{effort.attack.name}, {kind}", []).append(effort)
+            groups.setdefault(f"{effort.attack.family}, {kind}", []).append(effort)
     return {
         name: max(group, key=lambda each: (gravity.get(each.finding or "", 0), each.best or 0.0))
         for name, group in groups.items()

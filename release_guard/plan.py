@@ -168,7 +168,13 @@ def rows(
 ) -> tuple[Row, ...]:
     """What each part comes to, less what the ledger holds."""
     known = {_blind(trial) for trial in held}
-    return tuple(_row(part, ground, paces, known) for part in wanted)
+    found = []
+    for part in wanted:
+        trials = _trials(part, ground)
+        mine = known & {_blind(trial) for trial in trials}
+        known -= mine  # what two parts might choose is run once
+        found.append(_row(part, trials, paces, len(mine)))
+    return tuple(found)
 
 
 def disk(policy: Policy, *, payload: int, num_trials: int, immunizes: bool) -> int:
@@ -214,7 +220,7 @@ def _controls(policy: Policy, target: Target, pool: tuple[Spec, ...]) -> list[Pa
     ]
     if isinstance(target, Concept):
         found += _other_arms(policy, target, known)
-    longest = min(red.long_run_best, len(known) + red.searched)
+    longest = min(red.long_run_best, len(best_of_each_family(known)))
     return [*found, Part(LONG_RUN, "defended", target, known, longest)]
 
 
@@ -239,15 +245,18 @@ def _other_arms(policy: Policy, target: Target, known: tuple[Spec, ...]) -> list
     return found
 
 
-def _row(part: Part, ground: Ground, paces: Paces, known: Collection[bytes]) -> Row:
+def _trials(part: Part, ground: Ground) -> list[Trial]:
     precisions = ground.policy.precisions
-    trials = ground.trials(part.phase, part.arm, part.target, part.attacks, precisions, 0.0)
+    return ground.trials(part.phase, part.arm, part.target, part.attacks, precisions, 0.0)
+
+
+def _row(part: Part, trials: Sequence[Trial], paces: Paces, num_held: int) -> Row:
     worst = [
         trial
-        for precision in precisions
+        for precision in dict.fromkeys(trial.precision for trial in trials)
         for trial in _slowest([t for t in trials if t.precision == precision], part.chosen, paces)
     ]
-    held = min(len(worst), sum(_blind(trial) in known for trial in trials))
+    held = min(len(worst), num_held)
     left = 1 - held / len(worst)
     return Row(
         phase=part.phase.name,
@@ -269,7 +278,7 @@ def _slowest(trials: Sequence[Trial], chosen: int, paces: Paces) -> list[Trial]:
 
 
 def _pace(trial: Trial, paces: Paces) -> Pace:
-    return paces[trial.attack.name, trial.precision]
+    return paces[trial.attack.family, trial.precision]
 
 
 def _blind(trial: Trial) -> bytes:

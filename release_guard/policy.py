@@ -128,7 +128,7 @@ class RedTeam(_Value):
     """Undefended and never-knew models, and the best attacks on the defended one, run to this
     multiple of the budget."""
     long_run_best: Annotated[int, Field(ge=1)]
-    """How many of the best attacks on the defended model get the long run."""
+    """How many attack families get the long run: the best attack of each on the defended model."""
     search_examples: Annotated[int, Field(ge=1)]
     """Most examples scored in the search phase."""
     confirm_examples: Annotated[int, Field(ge=1)]
@@ -288,7 +288,7 @@ PROFILES: Mapping[str, Mapping[str, Any]] = {
         "search_seeds": 1,
         "confirm_seeds": 3,
         "long_run": 10.0,
-        "long_run_best": 1,
+        "long_run_best": 3,
         "search_examples": 500,
         "confirm_examples": 500,
         "sham": True,
@@ -300,7 +300,7 @@ PROFILES: Mapping[str, Mapping[str, Any]] = {
         "search_seeds": 2,
         "confirm_seeds": 3,
         "long_run": 10.0,
-        "long_run_best": 1,
+        "long_run_best": 3,
         "search_examples": 500,
         "confirm_examples": 1000,
         "sham": True,

@@ -220,9 +220,13 @@ class _Team:
             self._tune_never_knew(target, precision)
 
     def run_long(self, target: Target, precision: Precision) -> None:
-        """The best attacks on the defended model, on fresh seeds, far beyond the budget."""
+        """The best attack of each of the best families, on fresh seeds, far beyond the budget.
+
+        What leads within the budget need not lead beyond: a closed form has nothing more to give.
+        """
         found = (item for item in self._known("defended", target, precision) if not item.surgical)
-        best = self._ranked(found, target)[: self.policy.red_team.long_run_best]
+        best = best_of_each_family(self._ranked(found, target))
+        best = best[: self.policy.red_team.long_run_best]
         list(self._run(LONG_RUN, "defended", target, best, precision))
 
     def ceiling(self, target: Target) -> float:

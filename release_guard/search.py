@@ -58,14 +58,14 @@ def pool(policy: Policy, target: Target, fits: Fits) -> tuple[Spec, ...]:
 
 def gentler(spec: Spec) -> Spec | None:
     """The attack that recovers from a collapse: slower, with a bound on every update."""
-    attack = Attack.build(spec)
+    attack = Attack.build(spec.parts[-1] if spec.parts else spec)
     lr = getattr(attack, "lr", None)
     if lr is None:
         return None
     calmer: dict[str, float] = {"lr": rounded(CALMER * lr)}
     if "clip" in type(attack).model_fields:
         calmer["clip"] = min(1.0, getattr(attack, "clip", None) or 1.0)
-    return Spec(name=spec.name, **{**spec.options, **calmer})
+    return spec.changed(**calmer)
 
 
 def from_scratch(attacks: Iterable[Spec]) -> tuple[Spec, ...]:
@@ -80,7 +80,7 @@ def retuned(best: Spec, tried: Sequence[Spec]) -> tuple[Spec, ...]:
     if rate is None:
         return ()
     rates = [float(f"{rate * factor:.3g}") for factor in TUNING_FACTORS]
-    variants = [Spec(name=best.name, **{**best.options, "lr": rate}) for rate in rates]
+    variants = [best.changed(lr=rate) for rate in rates]
     return tuple(variant for variant in variants if variant not in tried)
 
 
@@ -106,5 +106,5 @@ def best_of_each_family(specs: Sequence[Spec]) -> tuple[Spec, ...]:
     """The first of each attack family in a ranking."""
     seen: dict[str, Spec] = {}
     for spec in specs:
-        seen.setdefault(spec.name, spec)
+        seen.setdefault(spec.family, spec)
     return tuple(seen.values())

@@ -73,17 +73,17 @@ class Place:
 
     def family(self, arm: Arm, name: str) -> tuple["Configuration", ...]:
         """The configurations of one attack family."""
-        return tuple(item for item in self.configurations(arm) if item.attack.name == name)
+        return tuple(item for item in self.configurations(arm) if item.attack.family == name)
 
     @property
     def listed(self) -> tuple[str, ...]:
         """Names of the listed attacks, each once."""
-        return tuple(dict.fromkeys(attack.name for attack in self.policy.attacks))
+        return tuple(dict.fromkeys(attack.family for attack in self.policy.attacks))
 
     @property
     def families(self) -> tuple[str, ...]:
         """Names of attacks: as listed, then what else was tried on the defended model."""
-        tried = [item.attack.name for item in self.configurations("defended")]
+        tried = [item.attack.family for item in self.configurations("defended")]
         return tuple(dict.fromkeys([*self.listed, *tried]))
 
     def surgical(self, family: str) -> bool:
@@ -298,6 +298,10 @@ def ended(record: Record, ceiling: float) -> bool:
 
 
 def _is_gentler(attack: Spec, collapsed: Spec) -> bool:
+    if attack.parts and collapsed.parts:
+        if attack.parts[:-1] != collapsed.parts[:-1]:
+            return False
+        attack, collapsed = attack.parts[-1], collapsed.parts[-1]
     kept, others = (
         {key: value for key, value in spec.options.items() if key not in _GENTLER}
         for spec in (attack, collapsed)
