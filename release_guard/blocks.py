@@ -4,7 +4,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-from release_guard import figures
+from release_guard import figures, wording
 from release_guard.evidence import Arm, Evidence
 from release_guard.figures import Effort, Utility
 from release_guard.manifest import EVIDENCE_FOLDER, SIGNATURE
@@ -71,7 +71,7 @@ def _attack_row(place: Place, label: str, efforts: Sequence[Effort | None]) -> S
     return (
         _code(label),
         _code(place.name),
-        figures.score(place.ceiling),
+        wording.score(place.ceiling),
         *_reach(undefended),
         *_reach(defended),
         finding,
@@ -82,7 +82,7 @@ def _reach(effort: Effort | None) -> tuple[str, str]:
     if effort is None:
         return "not run", "not run"
     first = min(effort.costs, key=lambda cost: (cost.upper is None, cost.point))
-    return figures.score(effort.best), f"`{figures.least(first)}`"
+    return wording.score(effort.best), f"`{wording.least(first)}`"
 
 
 def _by_attack(place: Place) -> Mapping[str, Sequence[Effort | None]]:
@@ -110,9 +110,9 @@ def _standing(evidence: Evidence, policy: Policy) -> str:
             _code(place.name),
             figures.ARM_NAMES[each.arm],
             str(each.trials),
-            figures.percent(each.breached),
-            figures.percent(each.collapsed),
-            figures.percent(mean_share(place, each)),
+            wording.percent(each.breached),
+            wording.percent(each.collapsed),
+            wording.percent(mean_share(place, each)),
         )
         for place in everywhere
         for each in standing(place)
@@ -138,11 +138,11 @@ def _utility_row(kept: Utility) -> Sequence[str]:
     loss, bound = kept.loss.estimate, kept.loss.upper
     return (
         _code(kept.precision),
-        figures.score(kept.base),
-        figures.score(kept.immunized),
-        "not claimed" if loss is None else figures.points(loss),
-        "none" if bound is None else figures.points(bound),
-        figures.points(kept.margin),
+        wording.score(kept.base),
+        wording.score(kept.immunized),
+        "not claimed" if loss is None else wording.points(loss),
+        "none" if bound is None else wording.points(bound),
+        wording.points(kept.margin),
         str(kept.pairs),
     )
 
@@ -175,7 +175,7 @@ def limits(verdict: Verdict, policy: Policy) -> str:
     budget = policy.red_team.budget
     return (
         "### Limits of the claim\n\n"
-        f"- The claim ends at {figures.cost(budget.limit, budget.unit)} for each attack, at the "
+        f"- The claim ends at {wording.cost(budget.limit, budget.unit)} for each attack, at the "
         f"precisions {', '.join(policy.precisions)}, under this suite.\n"
         "- It no longer holds if the weights are changed, fine-tuned, merged, pruned or rounded to "
         "another format, if an attack is found that the suite does not have, or once it expires.\n"
@@ -208,11 +208,11 @@ def _where(strength: Strength) -> str:
 
 
 def _multipliers(strength: Strength) -> str:
-    sigma = "" if strength.sigma is None else f", sigma {figures.ratio(strength.sigma)}"
+    sigma = "" if strength.sigma is None else f", sigma {wording.ratio(strength.sigma)}"
     sham = (
-        "" if strength.sham is None else f", lead over a sham {figures.difference(strength.sham)}"
+        "" if strength.sham is None else f", lead over a sham {wording.difference(strength.sham)}"
     )
-    return f"kappa {figures.ratio(strength.kappa)}{sigma}{sham}"
+    return f"kappa {wording.ratio(strength.kappa)}{sigma}{sham}"
 
 
 def _kept(kept: Utility) -> str:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from release_guard import svg
 from release_guard.evidence import Arm
-from release_guard.figures import amount
 from release_guard.svg import Axis
+from release_guard.wording import amount
 
 SHAPES: Mapping[Arm, str] = {
     "undefended": "circle",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from release_guard import charts, figures, page
+from release_guard import charts, figures, page, wording
 from release_guard.charts import Reference, Row
 from release_guard.evidence import Arm, Evidence
 from release_guard.figures import ARM_NAMES, ARMS
@@ -42,7 +42,7 @@ def _cost_picture(place: Place) -> str:
         Axis.logarithmic([*values, place.budget], *_ACROSS),
         title=f"budget to breach, {unit} (log scale)",
         alt="; ".join(f"{row.label}: {row.note}" for row in rows),
-        references=[Reference(place.budget, f"budget {figures.amount(place.budget)}", "budget")],
+        references=[Reference(place.budget, f"budget {wording.amount(place.budget)}", "budget")],
     )
     return page.figure(picture, f"{place.target} at {place.precision}: budget to breach")
 
@@ -56,7 +56,7 @@ def _cost_row(place: Place, arm: Arm) -> Iterable[Row]:
     breaches = [cost.upper for cost in costs if cost.upper is not None]
     css, censored = f"arm-{arm}", len(breaches) < len(costs)
     value = figures.typical(costs)
-    note = f"{'>' if not breaches else '≥' if censored else ''} {figures.amount(value)}".strip()
+    note = f"{'>' if not breaches else '≥' if censored else ''} {wording.amount(value)}".strip()
     if len(costs) > 1:
         note += f" ({len(breaches)} of {len(costs)} seeds breached)"
     yield Row(
@@ -98,7 +98,7 @@ def _ratio_rows(strength: Strength) -> Iterable[Row]:
             continue
         yield Row(
             label=label,
-            note=figures.ratio(value),
+            note=wording.ratio(value),
             value=value.estimate,
             low=value.lower,
             high=None if value.censored else value.upper,

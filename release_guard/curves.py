@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from release_guard import svg
 from release_guard.charts import LETTER, SHAPES, frame
 from release_guard.evidence import Arm
-from release_guard.figures import ARM_NAMES, amount
+from release_guard.figures import ARM_NAMES
 from release_guard.svg import Axis
+from release_guard.wording import amount
 
 Curve = Sequence[tuple[float, float]]
 """Costs and heights, at growing cost."""

@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import PurePath
 from typing import get_args
 
+from release_guard import wording
 from release_guard.draws import draws
 from release_guard.evidence import Arm, Ending, Evidence, Origin, Record
 from release_guard.plugins import Spec
-from release_guard.policy import HUB_PREFIX, Policy, Precision, Unit
+from release_guard.policy import Policy, Precision, Unit
 from release_guard.release import Interval, Strength
 from release_guard.statistics import (
     Censored,
@@ -32,8 +32,6 @@ ARM_NAMES: Mapping[Arm, str] = {
     "ancestor": "ancestor",
 }
 _UNLISTED: Mapping[Origin, str] = {"drawn": "drawn at random", "searched": "adaptive search"}
-_MINUTE, _HOUR = 60, 3_600
-_MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,8 @@ def of_draws(place: Place) -> str:
     lost = f" ({found.lost} with those that were lost)" if found.lost != found.breaches else ""
     return (
         f"Of {found.counted} random configurations that breach the undefended model, or may, "
-        f"{found.breaches} breach the defended one{lost}: at most {percent(found.upper)} of all "
-        "such configurations do (95 % bound)."
+        f"{found.breaches} breach the defended one{lost}: at most {wording.percent(found.upper)} "
+        "of all such configurations do (95 % bound)."
     )
 
 
@@ -193,16 +191,20 @@ def utilities(evidence: Evidence, policy: Policy) -> tuple[Utility, ...]:
 def bar(policy: Policy) -> tuple[tuple[str, str], ...]:
     """What was fixed before anything was measured: name and value."""
     gate, red = policy.gate, policy.red_team
-    sigma = "reported only" if gate.sigma_lower is None else f"at least {amount(gate.sigma_lower)}"
+    sigma = (
+        "reported only"
+        if gate.sigma_lower is None
+        else f"at least {wording.amount(gate.sigma_lower)}"
+    )
     return (
-        ("budget of each attack", cost(red.budget.limit, red.budget.unit)),
-        ("kappa", f"at least {amount(gate.kappa)}"),
-        ("kappa, lower bound", f"at least {amount(gate.kappa_lower)}"),
+        ("budget of each attack", wording.cost(red.budget.limit, red.budget.unit)),
+        ("kappa", f"at least {wording.amount(gate.kappa)}"),
+        ("kappa, lower bound", f"at least {wording.amount(gate.kappa_lower)}"),
         ("sigma, lower bound", sigma),
-        ("retained loss, upper bound", f"at most {points(policy.retain.margin)}"),
-        ("undefended seeds breached", f"at least {percent(gate.control_share)}"),
+        ("retained loss, upper bound", f"at most {wording.points(policy.retain.margin)}"),
+        ("undefended seeds breached", f"at least {wording.percent(gate.control_share)}"),
         ("attacks that must be valid", ", ".join(gate.mandatory) or "none"),
-        ("trials that may crash", f"at most {percent(gate.max_failed)}"),
+        ("trials that may crash", f"at most {wording.percent(gate.max_failed)}"),
         ("confirming seeds", str(red.confirm_seeds)),
     )
 
@@ -213,51 +215,6 @@ def dates(evidence: Evidence, policy: Policy) -> tuple[str, str]:
     if day is None:
         return "unknown", "unknown"
     return day.isoformat(), (day + timedelta(days=policy.gate.valid_days)).isoformat()
-
-
-def amount(value: float) -> str:
-    """Three significant digits, thousands apart, no exponent below a million."""
-    if value >= _MILLION:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004  three digits
-
-
-def cost(value: float, unit: Unit) -> str:
-    """An amount with its unit."""
-    names = {"flops": "FLOPs", "seconds": "s"}
-    return f"{amount(value)} {names.get(unit, unit)}"
-
-
-def score(value: float | None) -> str:
-    """A score in [0, 1] to three places."""
-    return "none" if value is None else f"{value:.3f}"
-
-
-def percent(share: float) -> str:
-    """A share as per cent."""
-    return f"{100 * share:.3g} %"
-
-
-def points(share: float) -> str:
-    """A difference of scores in percentage points."""
-    return f"{round(100 * share, 2) + 0.0:.2f} points"  # + 0.0: no minus before a zero
-
-
-def ratio(interval: Interval | None) -> str:
-    """A ratio with its bounds: `12.5 (3.1 to 40)`, `≥ 12.5 (3.1 or more)`."""
-    if interval is None or interval.estimate is None:
-        return "not claimed"
-    return f"{'≥ ' if interval.censored else ''}{amount(interval.estimate)} ({bounds(interval)})"
-
-
-def bounds(interval: Interval) -> str:
-    """Both bounds of a ratio in words; what lies above a censored one is not known."""
-    lower = None if interval.lower is None else amount(interval.lower)
-    upper = None if interval.upper is None or interval.censored else amount(interval.upper)
-    if lower is None:
-        return "no bounds" if upper is None else f"{upper} or less"
-    return f"{lower} or more" if upper is None else f"{lower} to {upper}"
 
 
 def multipliers(strength: Strength) -> Mapping[str, Interval | None]:
@@ -277,63 +234,31 @@ def strength_table(strengths: Sequence[Strength]) -> tuple[Sequence[str], Sequen
     names = list(dict.fromkeys(name for each in strengths for name in multipliers(each)))
     head = ["target@precision", *names]
     rows = [
-        [f"{each.target}@{each.precision}", *(ratio(multipliers(each).get(name)) for name in names)]
+        [
+            f"{each.target}@{each.precision}",
+            *(wording.ratio(multipliers(each).get(name)) for name in names),
+        ]
         for each in strengths
     ]
     if any(each.sham is not None for each in strengths):
         head.append("lead over a sham")
         for row, each in zip(rows, strengths, strict=True):
-            row.append(difference(each.sham))
+            row.append(wording.difference(each.sham))
     return head, rows
-
-
-def difference(interval: Interval | None) -> str:
-    """A difference of shares with its bounds: `12.00 points (3.00 to 20.00)`."""
-    if interval is None or interval.estimate is None:
-        return "not claimed"
-    lower, upper = (
-        "no bound" if bound is None else f"{100 * bound:.2f}"
-        for bound in (interval.lower, interval.upper)
-    )
-    return f"{points(interval.estimate)} ({lower} to {upper})"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
-    if seconds >= _HOUR:
-        return f"{seconds / _HOUR:.1f} h"
-    return f"{seconds / _MINUTE:.1f} min" if seconds >= _MINUTE else f"{seconds:.3g} s"
-
-
-def least(found: Censored) -> str:
-    """The cost of a breach, or `>` and the cost it was not reached by."""
-    return f"> {amount(found.lower)}" if found.upper is None else amount(found.upper)
-
-
-def between(found: Censored, unit: Unit) -> str:
-    """Between which two costs a breach lies."""
-    if found.upper is None:
-        return f"none by {cost(found.lower, unit)}"
-    return f"{amount(found.lower)} to {cost(found.upper, unit)}"
-
-
-def dataset(source: str) -> str:
-    """A data set's name; of a local one the file's alone, as its folder is nobody's business."""
-    return source if source.startswith(HUB_PREFIX) else PurePath(source).name
 
 
 def found(effort: Effort, unit: Unit) -> str:
     """What came of an effort: `0.412 at most`, `0.61, breached at 12 steps (3 of 4 trials)`."""
     if effort.breaches:
         trials = f"{len(effort.breaches)} of {len(effort.records)} trials"
-        least = cost(min(effort.breaches), unit)
+        least = wording.cost(min(effort.breaches), unit)
         if effort.within:
-            return f"{score(effort.best)}, breached at {least} ({trials})"
-        return f"{score(effort.best)} at most; beyond the budget at {least} ({trials})"
+            return f"{wording.score(effort.best)}, breached at {least} ({trials})"
+        return f"{wording.score(effort.best)} at most; beyond the budget at {least} ({trials})"
     endings = sorted({record.outcome.ending for record in effort.records})
     if effort.best is None or endings != ["survived"]:
-        return f"{' and '.join(endings)}; {score(effort.best)} at most"
-    return f"{score(effort.best)} at most"
+        return f"{' and '.join(endings)}; {wording.score(effort.best)} at most"
+    return f"{wording.score(effort.best)} at most"
 
 
 def _effort(configuration: Configuration) -> Effort:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from release_guard import figures, page
+from release_guard import page, wording
 from release_guard.curves import Band, Curve, Line, Plane, envelope, height_at, picture
 from release_guard.evidence import Arm, Evidence, Record
 from release_guard.figures import ARM_NAMES, ARMS
@@ -72,16 +72,16 @@ def _table(place: Place, lines: Sequence[Line]) -> str:
     unit = place.policy.red_team.budget.unit
     costs = [*(share * place.budget for share in _SHARES), place.horizon]
     rows = [(ARM_NAMES[line.arm], *(_reached(line, cost) for cost in costs)) for line in lines]
-    head = ("model", *(f"by {figures.cost(cost, unit)}" for cost in costs))
+    head = ("model", *(f"by {wording.cost(cost, unit)}" for cost in costs))
     return page.table(f"Harm against cost, {place.name}", head, rows)
 
 
 def _reached(line: Line, cost: float) -> str:
     spans = [(least, most) for at, least, most in line.band if at <= cost]
-    worst = figures.score(height_at(line.curve, cost))
+    worst = wording.score(height_at(line.curve, cost))
     if not spans:
         return worst
-    least, most = map(figures.score, spans[-1])
+    least, most = map(wording.score, spans[-1])
     return f"{worst} (fresh seeds {least} to {most})"
 
 

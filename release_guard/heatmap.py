@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from release_guard import figures, page, svg
+from release_guard import page, svg, wording
 from release_guard.evidence import Arm, Evidence, Record
 from release_guard.figures import ARM_NAMES
 from release_guard.page import Cell
@@ -179,8 +179,8 @@ def _panel(grid: Grid, left: float, name: str, ceiling: float) -> list[str]:
     bottom = _TOP + _CELL * rows + 14
     return [
         *parts,
-        svg.text(left, bottom, figures.amount(grid.costs[0]), css="tick"),
-        svg.text(left + _PANEL, bottom, figures.amount(grid.costs[-1]), anchor="end", css="tick"),
+        svg.text(left, bottom, wording.amount(grid.costs[0]), css="tick"),
+        svg.text(left + _PANEL, bottom, wording.amount(grid.costs[-1]), anchor="end", css="tick"),
     ]
 
 
@@ -195,7 +195,7 @@ def _box(x: float, y: float, width: float, score: float | None, ceiling: float) 
 
 
 def _table(place: Place, family: str, found: Mapping[Arm, Grid]) -> str:
-    costs = [figures.amount(cost) for cost in found["defended"].costs]
+    costs = [wording.amount(cost) for cost in found["defended"].costs]
     rows: list[Sequence[str | Cell]] = [
         (ARM_NAMES[arm], _rate(rate), *(_cell(score, place.ceiling) for score in grid.scores[row]))
         for arm, grid in found.items()

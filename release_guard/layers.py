@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from release_guard import charts, figures, page, svg
+from release_guard import charts, page, svg, wording
 from release_guard.charts import Row
 from release_guard.evidence import Evidence
 from release_guard.svg import WIDTH, Axis
@@ -64,7 +64,7 @@ def _blocks(by_block: Mapping[int, Sequence[float]]) -> str:
     most = max(by_block, key=lambda number: median(by_block[number]))
     alt = (
         f"Distance of {len(by_block)} blocks; block {most} moved most, median "
-        f"{figures.percent(median(by_block[most]))}."
+        f"{wording.percent(median(by_block[most]))}."
     )
     picture = svg.drawing(parts, height=_BOTTOM + 38, alt=alt)
     return page.figure(picture, "Blocks", _block_table(by_block))
@@ -74,7 +74,7 @@ def _block_table(by_block: Mapping[int, Sequence[float]]) -> str:
     rows = [
         (
             str(number),
-            *(figures.percent(of(distances)) for of in (min, median, max)),
+            *(wording.percent(of(distances)) for of in (min, median, max)),
             str(len(distances)),
         )
         for number, distances in by_block.items()
@@ -85,10 +85,10 @@ def _block_table(by_block: Mapping[int, Sequence[float]]) -> str:
 
 def _tensors(shown: Sequence[tuple[str, float]], ordered: Sequence[tuple[str, float]]) -> str:
     rows = [
-        Row(name, figures.percent(value), value, css="plain", shape="circle", is_bar=True)
+        Row(name, wording.percent(value), value, css="plain", shape="circle", is_bar=True)
         for name, value in shown
     ]
-    cells = [(page.Cell(name, "wide"), figures.percent(value)) for name, value in ordered]
+    cells = [(page.Cell(name, "wide"), wording.percent(value)) for name, value in ordered]
     twin = page.table("Distance by tensor", ("tensor", "relative L2"), cells)
     picture = charts.rows(
         rows,

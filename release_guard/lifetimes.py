@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from release_guard import figures, page
+from release_guard import page, wording
 from release_guard.curves import Curve, Line, Plane, picture
 from release_guard.evidence import Evidence
 from release_guard.figures import ARM_NAMES
@@ -71,15 +71,15 @@ def _table(place: Place, found: Sequence[Standing]) -> str:
         (
             ARM_NAMES[each.arm],
             f"{each.trials} of {len(each.groups)} attacks, {each.crashed} crashed",
-            *(figures.percent(standing_after(each.steps, cost)) for cost in costs),
-            figures.percent(each.breached),
-            figures.percent(each.collapsed),
-            figures.percent(mean_share(place, each)),
+            *(wording.percent(standing_after(each.steps, cost)) for cost in costs),
+            wording.percent(each.breached),
+            wording.percent(each.collapsed),
+            wording.percent(mean_share(place, each)),
             _lead(place, defended, each),
         )
         for each in found
     ]
-    standing_by = (f"standing by {figures.cost(cost, unit)}" for cost in costs)
+    standing_by = (f"standing by {wording.cost(cost, unit)}" for cost in costs)
     head = (
         "model",
         "trials",
@@ -100,7 +100,7 @@ def _table(place: Place, found: Sequence[Standing]) -> str:
 def _collapses(place: Place, found: Sequence[Standing]) -> str:
     unit = place.policy.red_team.budget.unit
     rows = [
-        (ARM_NAMES[each.arm], figures.cost(step.cost, unit), figures.percent(step.collapsed))
+        (ARM_NAMES[each.arm], wording.cost(step.cost, unit), wording.percent(step.collapsed))
         for each in found
         for step in each.steps
     ]
@@ -110,4 +110,4 @@ def _collapses(place: Place, found: Sequence[Standing]) -> str:
 def _lead(place: Place, defended: Standing | None, other: Standing) -> str:
     if defended is None or other.arm == "defended":
         return "-"
-    return figures.difference(lead(place, defended, other))
+    return wording.difference(lead(place, defended, other))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from release_guard import figures
+from release_guard import wording
 from release_guard.policy import Policy
 from release_guard.release import Receipt, Result, Strength, Verdict
 
@@ -96,8 +96,8 @@ def verdict_lines(verdict: Verdict, policy: Policy) -> Iterator[str]:
     for strength in verdict.strengths:
         yield f"  {_strength_line(strength)}"
     gate = policy.gate
-    wanted = f"kappa {figures.amount(gate.kappa)}, lower bound {figures.amount(gate.kappa_lower)}"
-    sigma = "" if gate.sigma_lower is None else f", sigma {figures.amount(gate.sigma_lower)}"
+    wanted = f"kappa {wording.amount(gate.kappa)}, lower bound {wording.amount(gate.kappa_lower)}"
+    sigma = "" if gate.sigma_lower is None else f", sigma {wording.amount(gate.sigma_lower)}"
     yield f"  the policy's bar: {wanted}{sigma}"
     if verdict.not_tested:
         yield f"  not tested: {len(verdict.not_tested)} things, all listed in the report"
@@ -158,7 +158,7 @@ def plan_lines(plan: "Plan") -> Iterator[str]:
     yield from map(_row_line, plan.rows)
     yield (
         f"{plan.trials:>7} {plan.held:>9} {plan.steps:>10,} "
-        f"{figures.duration(plan.seconds):>9}  in all, with {plan.workers} at once"
+        f"{wording.duration(plan.seconds):>9}  in all, with {plan.workers} at once"
     )
     yield "at most: a run ends at the first confirmed breach, a trial at its own"
     yield f"disk: up to {_size(plan.disk_bytes)}; free there: {_size(plan.free_bytes)}"
@@ -192,14 +192,14 @@ def _reasons(verdict: Verdict) -> Iterator[str]:
 
 
 def _strength_line(strength: Strength) -> str:
-    sigma = "" if strength.sigma is None else f", sigma {figures.ratio(strength.sigma)}"
+    sigma = "" if strength.sigma is None else f", sigma {wording.ratio(strength.sigma)}"
     where = f"{strength.target}@{strength.precision}"
-    return f"{where}: kappa {figures.ratio(strength.kappa)}{sigma}"
+    return f"{where}: kappa {wording.ratio(strength.kappa)}{sigma}"
 
 
 def _row_line(row: "Row") -> str:
     return (
-        f"{row.trials:>7} {row.held:>9} {row.steps:>10,} {figures.duration(row.seconds):>9}  "
+        f"{row.trials:>7} {row.held:>9} {row.steps:>10,} {wording.duration(row.seconds):>9}  "
         f"{row.phase}: {row.arm.replace('_', '-')}, {row.target}"
     )
 

@@ -11,11 +11,13 @@ from release_guard import (
     heatmap,
     layers,
     lifetimes,
+    matrix,
     page,
     retained,
     strips,
     tables,
     tuning,
+    wording,
 )
 from release_guard.charts import Stack
 from release_guard.evidence import Evidence
@@ -53,7 +55,7 @@ def render(evidence: Evidence, verdict: Verdict, policy: Policy, *, title: str) 
         page.section("What this means", "", page.paragraph(_meaning(verdict, policy))),
         _key_figures(evidence, verdict, policy),
         *pictures.values(),
-        tables.matrix(evidence, policy),
+        matrix.section(evidence, policy),
         tables.not_tested(evidence, verdict, policy),
         tables.not_measured([*missing, *_NEVER_MEASURED]),
         tables.checks(verdict),
@@ -84,7 +86,7 @@ def _meaning(verdict: Verdict, policy: Policy) -> str:
     budget = policy.red_team.budget
     names = ", ".join(target.name for target in policy.targets)
     attacks = _count(len(policy.attacks), "attack")
-    spent = figures.cost(budget.limit, budget.unit)
+    spent = wording.cost(budget.limit, budget.unit)
     tried = (
         "Anyone who downloads a model holds its weights and can train it further. So did a red "
         f"team here, with up to {attacks}, each for up to {spent}: it tried to teach the "
@@ -129,12 +131,12 @@ def _strength_tiles(strength: Strength, policy: Policy, *, many: bool) -> list[s
     gate = policy.gate
     where = f"{strength.target} at {strength.precision}" + (", the weakest" if many else "")
     bar = (
-        f"The policy asks for {figures.amount(gate.kappa)}, "
-        f"and {figures.amount(gate.kappa_lower)} for the lower bound."
+        f"The policy asks for {wording.amount(gate.kappa)}, "
+        f"and {wording.amount(gate.kappa_lower)} for the lower bound."
     )
     sigma = "The policy asks for nothing here."
     if gate.sigma_lower is not None:
-        sigma = f"The policy asks for {figures.amount(gate.sigma_lower)} for the lower bound."
+        sigma = f"The policy asks for {wording.amount(gate.sigma_lower)} for the lower bound."
     return [
         _ratio_tile("kappa", strength.kappa, "× the cost of breaching the original.", bar, where),
         _ratio_tile(
@@ -159,7 +161,7 @@ def _sham_tile(strength: Strength, where: str) -> list[str]:
     if strength.sham is None or strength.sham.estimate is None:
         return []
     what = "of the resistance index that a sham, which moved the weights as far, does not have."
-    number, _, bounds = figures.difference(strength.sham).partition(" (")
+    number, _, bounds = wording.difference(strength.sham).partition(" (")
     return [page.tile("lead over a sham", number, what, f"95 % bounds: {bounds[:-1]}.", where)]
 
 
@@ -167,8 +169,8 @@ def _ratio_tile(what: str, value: Interval | None, meaning: str, bar: str, where
     if value is None or value.estimate is None:
         return page.tile(what, "not claimed", meaning, bar, where)
     sign = "≥ " if value.censored else ""
-    number = f"{sign}{figures.amount(value.estimate)}"
-    return page.tile(what, number, meaning, f"95 % bounds: {figures.bounds(value)}.", bar, where)
+    number = f"{sign}{wording.amount(value.estimate)}"
+    return page.tile(what, number, meaning, f"95 % bounds: {wording.bounds(value)}.", bar, where)
 
 
 def _loss_tile(kept: Utility, *, many: bool) -> str:
@@ -176,9 +178,9 @@ def _loss_tile(kept: Utility, *, many: bool) -> str:
         return page.tile("retained loss", "not claimed", "Too few pairs to bound it.")
     return page.tile(
         "retained loss",
-        figures.points(kept.loss.estimate),
-        f"95 % bound: at most {figures.points(kept.loss.upper)}.",
-        f"Margin: {figures.points(kept.margin)}.",
+        wording.points(kept.loss.estimate),
+        f"95 % bound: at most {wording.points(kept.loss.upper)}.",
+        f"Margin: {wording.points(kept.margin)}.",
         f"{kept.pairs} examples at {kept.precision}" + (", the worst" if many else ""),
     )
 

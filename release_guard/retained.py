@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from release_guard import charts, figures, page
+from release_guard import charts, figures, page, wording
 from release_guard.charts import Reference, Row
 from release_guard.evidence import Evidence
 from release_guard.figures import Utility
@@ -35,7 +35,7 @@ def section(evidence: Evidence, policy: Policy) -> str:
         alt="; ".join(f"{row.label}: {row.note}" for row in rows),
         references=[
             Reference(0, "no change", "unity"),
-            Reference(margin, f"margin {figures.points(margin)}"),
+            Reference(margin, f"margin {wording.points(margin)}"),
         ],
         form=lambda value: f"{100 * value:.3g}",
     )
@@ -51,10 +51,10 @@ def _utility_row(kept: Utility) -> Row:
     loss = kept.loss
     if loss.estimate is None or loss.upper is None or loss.lower is None:
         return Row(kept.precision, "too few pairs", None)
-    worst = figures.points(-loss.upper)
+    worst = wording.points(-loss.upper)
     return Row(
         label=kept.precision,
-        note=f"{figures.points(-loss.estimate)}, at worst {worst}",
+        note=f"{wording.points(-loss.estimate)}, at worst {worst}",
         value=-loss.estimate,
         low=-loss.upper,
         high=-loss.lower,
@@ -65,10 +65,10 @@ def _utility_cells(kept: Utility) -> Sequence[str]:
     loss, bound = kept.loss.estimate, kept.loss.upper
     return (
         kept.precision,
-        figures.score(kept.base),
-        figures.score(kept.immunized),
-        "not claimed" if loss is None else figures.points(loss),
-        "none" if bound is None else figures.points(bound),
-        figures.points(kept.margin),
+        wording.score(kept.base),
+        wording.score(kept.immunized),
+        "not claimed" if loss is None else wording.points(loss),
+        "none" if bound is None else wording.points(bound),
+        wording.points(kept.margin),
         str(kept.pairs),
     )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from release_guard import figures, page, svg
+from release_guard import page, svg, wording
 from release_guard.charts import frame
 from release_guard.evidence import Evidence
 from release_guard.page import Cell
@@ -121,9 +121,9 @@ def _table(place: Place, strips: Sequence[Strip]) -> str:
     rows = [
         (
             Cell(strip.label, "wide"),
-            figures.score(strip.search),
-            figures.score(strip.mean),
-            ", ".join(map(figures.score, strip.seeds)) or "not run",
+            wording.score(strip.search),
+            wording.score(strip.mean),
+            ", ".join(map(wording.score, strip.seeds)) or "not run",
             strip.finding or "not close to the ceiling",
         )
         for strip in strips

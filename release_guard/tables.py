@@ -1,24 +1,17 @@
 """The report's tables: what was tried, what came of it, what was judged, what nobody tried."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
-from release_guard import figures
-from release_guard.evidence import Arm, Evidence, Origin
+from release_guard import figures, wording
+from release_guard.evidence import Evidence, Origin
 from release_guard.figures import ARM_NAMES, ARMS, ENDINGS, ORIGINS, Effort
 from release_guard.page import Cell, bullets, folded, paragraph, section, subheading, table
 from release_guard.policy import Policy, Unit
 from release_guard.release import Result, Verdict
-from release_guard.statistics import Finding
-from release_guard.sweep import Place, places
+from release_guard.sweep import places
 
 _UNFOLDED = 40  # longer tables open on demand
 _MEANING = {Result.PASS: "good", Result.FAIL: "bad", Result.INCONCLUSIVE: "unsure"}
-_FINDINGS: Mapping[Finding, str] = {
-    "confirmed": "bad",
-    "unresolved": "unsure",
-    "refuted": "good",
-}
 _ENDINGS = {
     "breached": "the score rose above the ceiling",
     "survived": "the trial's own budget ran out first",
@@ -33,23 +26,6 @@ _ORIGIN_NAMES: Mapping[Origin, str] = {
     "confirming": "confirming, fresh seeds",
     "long_run": "long run",
 }
-
-
-def matrix(evidence: Evidence, policy: Policy) -> str:
-    """Precision x attack: what each attack reached within the budget, undefended and defended."""
-    how = (
-        "One row an attack, one pair of columns a precision: the highest score within the budget, "
-        "or the least cost of a breach; of attacks that are not listed, the worst of a kind. "
-        "In the 'defended' column orange is a breach that fresh seeds confirm, blue is none, "
-        "yellow is open. A breach in the 'undefended' column shows that an attack works at all; "
-        "yellow there means that it shows nothing."
-    )
-    parts = []
-    for target in dict.fromkeys(place.target for place in places(evidence, policy)):
-        ceiling = evidence.ceilings.get(target)
-        known = "unknown" if ceiling is None else figures.score(ceiling)
-        parts += [subheading(f"{target} (ceiling {known})"), _matrix(evidence, policy, target)]
-    return section("Precision by attack", how, *parts)
 
 
 def checks(verdict: Verdict) -> str:
@@ -111,8 +87,8 @@ def confirmations(evidence: Evidence, policy: Policy) -> str:
             str(record.trial.seed),
             _ORIGIN_NAMES[record.origin],
             figures.ending(record, place.ceiling),
-            figures.between(cost, unit),
-            figures.score(max((point.score for point in record.outcome.curve), default=None)),
+            wording.between(cost, unit),
+            wording.score(max((point.score for point in record.outcome.curve), default=None)),
         )
         for place in places(evidence, policy)
         for arm in ARMS
@@ -161,7 +137,7 @@ def stages(evidence: Evidence) -> str:
             Cell(stage.paper, "wide", link=stage.paper),
             Cell(_pairs(stage.options), "wide"),
             Cell(_pairs(stage.measures), "wide"),
-            figures.duration(stage.seconds),
+            wording.duration(stage.seconds),
         )
         for stage in evidence.stages
     ]
@@ -232,10 +208,10 @@ def sources(evidence: Evidence, policy: Policy) -> str:
         ("defended files, payload root", evidence.immunized),
         (
             "red team",
-            f"profile {policy.red_team.profile}, {figures.cost(budget.limit, budget.unit)}",
+            f"profile {policy.red_team.profile}, {wording.cost(budget.limit, budget.unit)}",
         ),
-        ("retained data", figures.dataset(policy.retain.dataset)),
-        *((f"target {target.name}", figures.dataset(target.dataset)) for target in policy.targets),
+        ("retained data", wording.dataset(policy.retain.dataset)),
+        *((f"target {target.name}", wording.dataset(target.dataset)) for target in policy.targets),
         ("begun", evidence.started_at),
         ("ended", evidence.finished_at),
         ("suite", evidence.suite),
@@ -245,54 +221,6 @@ def sources(evidence: Evidence, policy: Policy) -> str:
     how = "Every trial can be run again from its key in .release-guard/evidence.jsonl."
     wide = [(Cell(name, "wide"), Cell(value, "wide")) for name, value in rows]
     return section("Where this comes from", how, table("Sources", ("what", "value"), wide))
-
-
-def _matrix(evidence: Evidence, policy: Policy, target: str) -> str:
-    here = [place for place in places(evidence, policy) if place.target == target]
-    arms: tuple[Arm, ...] = ("undefended", "defended")
-    columns = [(place, arm) for place in here for arm in arms]
-    tried = {(place, arm): _by_label(figures.efforts(place, arm)) for place, arm in columns}
-    rows = [
-        (
-            Cell(label, "wide"),
-            *(_outcome(tried[column].get(label), column[1], policy) for column in columns),
-        )
-        for label in (attack.label for attack in policy.attacks)
-    ]
-    others = {column: figures.worst_unlisted(*column) for column in columns}
-    rows += [
-        (
-            Cell(name, "wide"),
-            *(_worst(others[column].get(name), column, policy) for column in columns),
-        )
-        for name in sorted({name for worst in others.values() for name in worst})
-    ]
-    head = ["attack", *(f"{place.precision}, {arm}" for place, arm in columns)]
-    return table(f"Precision by attack, {target}", head, rows)
-
-
-def _outcome(effort: Effort | None, arm: Arm, policy: Policy) -> Cell:
-    if effort is None:
-        return Cell("not run", "unsure")
-    said = figures.found(effort, policy.red_team.budget.unit)
-    if arm == "undefended":
-        is_void = not effort.breaches and not effort.is_surgical
-        return Cell(said, "unsure" if is_void else "")
-    if effort.finding is not None:
-        said = f"{said}; on fresh seeds {effort.finding}"
-    return Cell(said, _judged(effort))
-
-
-def _worst(effort: Effort | None, column: tuple[Place, Arm], policy: Policy) -> Cell:
-    cell = _outcome(effort, column[1], policy)
-    return cell if effort is None else replace(cell, text=f"{effort.attack.label}: {cell.text}")
-
-
-def _judged(effort: Effort) -> str:
-    if effort.finding is not None:
-        return _FINDINGS[effort.finding]
-    endings = {record.outcome.ending for record in effort.records}
-    return "good" if endings & {"survived", "breached"} else "unsure"
 
 
 def _by_label(efforts: Iterable[Effort]) -> Mapping[str, Effort]:
@@ -317,7 +245,7 @@ def _costs(effort: Effort | None, unit: Unit) -> str:
     if effort is None:
         return "not run"
     ends = sorted(effort.costs, key=lambda cost: (cost.upper is None, cost.point))
-    least, greatest = (figures.least(cost) for cost in (ends[0], ends[-1]))
+    least, greatest = (wording.least(cost) for cost in (ends[0], ends[-1]))
     return least if least == greatest else f"{least} … {greatest}"
 
 
@@ -334,4 +262,4 @@ def _short(value: object) -> str:
 
 
 def _share(share: float | None) -> str:
-    return "not measured" if share is None else figures.percent(share)
+    return "not measured" if share is None else wording.percent(share)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from release_guard import figures, page
+from release_guard import figures, page, wording
 from release_guard.curves import Line, Plane, picture
 from release_guard.evidence import Arm, Evidence
 from release_guard.figures import ARM_NAMES
@@ -98,8 +98,8 @@ def _table(place: Place, found: dict[Arm, list[Best]]) -> str:
         (
             ARM_NAMES[arm],
             str(each.count),
-            figures.score(each.median),
-            f"{figures.score(each.low)} to {figures.score(each.high)}",
+            wording.score(each.median),
+            f"{wording.score(each.low)} to {wording.score(each.high)}",
         )
         for arm, best in found.items()
         for each in _few(best)

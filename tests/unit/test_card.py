@@ -1,8 +1,8 @@
 import re
-from pathlib import Path
 
 import pytest
 from evidence_builder import Asked, example_policy, passing_evidence, record, refused_evidence
+from goldens import same_as_golden
 from rich_evidence import WEAK, rich_evidence, rich_policy
 
 from release_guard.blocks import summary
@@ -13,7 +13,6 @@ from release_guard.gate import gate
 from release_guard.release import Check, Interval, Result, Strength, Verdict
 from release_guard.report import render
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 POLICY = example_policy()
 PUBLICATION = Publication(
     name="acme/shoes",
@@ -50,7 +49,7 @@ def few_trials() -> Evidence:
         record(POLICY, undefended, 20, "listed", long=True),
         record(POLICY, defended, 10_000, "listed"),
     )
-    return passing_evidence(POLICY, policy="ab" * 32, records=records, planned=2)
+    return passing_evidence(POLICY, policy="ab" * 32, records=records, planned=2, suite="1.0")
 
 
 def made(existing: str | None = None, verdict: Verdict = PASSED, **changes: str) -> str:
@@ -69,7 +68,7 @@ def made(existing: str | None = None, verdict: Verdict = PASSED, **changes: str)
     ],
 )
 def test_a_new_card_is_as_it_was(name, verdict):
-    assert made(verdict=verdict) == (GOLDEN / name).read_text(encoding="utf-8")
+    same_as_golden(name, made(verdict=verdict).encode())
 
 
 def test_the_publishers_text_stays_and_a_second_run_changes_nothing():

@@ -1,7 +1,7 @@
 import pytest
 from evidence_builder import Asked, evidence, example_policy, passing_evidence, record, weak
 
-from release_guard import figures
+from release_guard import figures, wording
 from release_guard.release import Interval
 from release_guard.statistics import Censored
 from release_guard.sweep import places
@@ -23,7 +23,7 @@ POLICY = example_policy()
     ],
 )
 def test_amounts_have_three_digits(value, text):
-    assert figures.amount(value) == text
+    assert wording.amount(value) == text
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_amounts_have_three_digits(value, text):
     ],
 )
 def test_ratios_name_the_bounds_they_have(interval, text):
-    assert figures.ratio(interval) == text
+    assert wording.ratio(interval) == text
 
 
 def test_the_weakest_attack_decides_the_defended_arm():
@@ -95,5 +95,5 @@ def test_a_trial_that_ran_on_above_the_ceiling_counts_as_breached():
 
 
 def test_no_minus_stands_before_a_zero():
-    assert figures.points(-0.0) == figures.points(-0.000001) == "0.00 points"
-    assert figures.points(-0.01) == "-1.00 points"
+    assert wording.points(-0.0) == wording.points(-0.000001) == "0.00 points"
+    assert wording.points(-0.01) == "-1.00 points"

@@ -335,3 +335,18 @@ def test_what_an_attack_was_written_against_is_said():
     (row,) = [row for row in attacks.split("</tr>") if HIDDEN.label in row]
     assert "written against sophon" in row
     assert "surgical" in row
+
+
+def test_what_teaches_nothing_needs_no_control():
+    policy = example_policy(
+        ("attacks = [\n", f'attacks = [\n  {{ name = "{HIDDEN.name}", fraction = 1.0 }},\n')
+    )
+    listed = policy.attacks[0]
+    asked = Asked("defended", listed, "footwear", "fp32", 7, "search")
+    one = record(policy, asked, 1e6, "listed").model_copy(update={"surgical": True})
+    row = re.compile(rf"<tr[^>]*><td[^>]*>{re.escape(listed.label)}</td>(.*?)</tr>")
+    cells = re.compile(r'class="(\w*)">([^<]*)')
+    for only, control in ((one, ("", "needs no control")), (None, ("unsure", "not run"))):
+        found = evidence(policy, lambda _: 1.0, records=() if only is None else (only,))
+        content = sections(page(policy, found))["Precision by attack"]
+        assert cells.findall(row.search(content)[1])[0] == control
