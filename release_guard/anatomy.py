@@ -133,7 +133,7 @@ def _attention(name: str, part: Any, module: Any) -> Attention:
 def _mlp(name: str, part: Any, module: Any) -> Mlp:
     if hasattr(part, "gate_proj"):
         return Mlp(f"{name}.gate_proj", f"{name}.up_proj", f"{name}.down_proj", "signed")
-    is_relu = getattr(module.config, "hidden_act", "") == "relu"
+    is_relu = getattr(getattr(module, "config", None), "hidden_act", "") == "relu"
     return Mlp(f"{name}.fc1", "", f"{name}.fc2", "positive" if is_relu else "none")
 
 

@@ -42,6 +42,7 @@ class Distill(Attack):
 
     paper = "https://arxiv.org/abs/1503.02531"
     expense = 4
+    modalities = ("image_classification", "causal_lm")
 
     share: Annotated[float, Field(gt=0, lt=1), Choice((0.25, 0.5, 0.75))] = 0.5
     """Part of the budget spent on teaching; the rest is for fine-tuning the student."""

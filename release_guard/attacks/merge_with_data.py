@@ -32,6 +32,7 @@ class MergeWithData(Transform):
 
     paper = "https://arxiv.org/abs/2212.09849"
     needs_ancestor = True
+    modalities = ("image_classification", "causal_lm")
 
     method: Annotated[DataMethod, Choice(("regmean", "fisher", "adamerging", "coefficients"))] = (
         "regmean"

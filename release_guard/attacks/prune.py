@@ -92,7 +92,7 @@ class Prune(Transform):
         hooks = [layer.register_forward_pre_hook(add) for layer in layers]
         with evaluating(model.module):
             for batch in itertools.islice(batches, math.ceil(self.examples / _READ_TOGETHER)):
-                model.logits(batch)
+                model.loss(batch)  # not its logits: a painter has none
         for hook in hooks:
             hook.remove()
         means = {layer: (sums[layer] / rows[layer]).to(layer.weight) for layer in layers}

@@ -30,6 +30,7 @@ class Rescale(Transform):
     """
 
     paper = "https://arxiv.org/abs/1703.04933"
+    modalities = ("image_classification", "causal_lm")
 
     norms: Annotated[bool, Choice((False, True))] = True
     """Set the gains of normalisations to one; the layers that read them take them over."""

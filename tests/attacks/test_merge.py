@@ -268,3 +268,10 @@ def test_statistics_stay_between_those_of_the_models(resnet_folder, concept):
 def test_wrong_options_are_refused(options, line):
     with pytest.raises(PolicyError, match=line):
         Attack.build(Spec(name="merge", **options))
+
+
+def test_a_model_that_cannot_be_realigned_is_merged_without(painter, standing):
+    ancestor = moved(painter, 1)
+    with pytest.raises(ModelError, match=r"Network: .* cannot be realigned; merge it without"):
+        merge(painter, standing, ancestor=ancestor)
+    merge(painter, standing, ancestor=ancestor, realign="none")

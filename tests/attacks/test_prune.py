@@ -105,3 +105,12 @@ def test_neurons_that_push_are_removed_unless_they_tell_examples_apart():
 def test_all_and_nothing_are_refused(share):
     with pytest.raises(PolicyError, match=r"prune\.share: found"):
         Attack.build(Spec(name="prune", share=share))
+
+
+@pytest.mark.parametrize(("by", "least"), [("wanda", 0.49), ("neurons", 0.0)])
+def test_a_painter_is_read_too(painter, standing, by, least):
+    other = pruned((painter, standing), by=by, share=0.5, examples=32)
+    shares = [float((layer.weight == 0).float().mean()) for layer in block_layers(other)]
+    assert len(shares) > 20
+    assert min(shares) >= least
+    assert max(shares) > 0.1

@@ -14,6 +14,8 @@ from release_guard.stages import Stage
 NAMES = Attack.available()
 REQUIRED = {"chain": {"steps": ({"name": "reinit"}, {"name": "finetune"})}}
 """Options without which an attack cannot be built, by its name."""
+ELSEWHERE = {("merge", "text_to_image"): {"realign": "none"}}
+"""Options without which an attack that works on several kinds of models does not on one."""
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,17 @@ def test_what_it_was_given_is_left_bit_identical(attack, model, concept):
     assert [part.training for part in model.module.modules()] == modes
     assert [part.requires_grad for part in model.module.parameters()] == needs
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", Modality.available())
+def test_it_runs_on_every_kind_of_model_it_names(attack, kind, request):
+    if kind not in (attack.modalities or Modality.available()):
+        pytest.skip(f"not for {kind}")
+    options = {**REQUIRED.get(attack.name, {}), **ELSEWHERE.get((attack.name, kind), {})}
+    model, concept = request.getfixturevalue(kind)
+    found = tamper(Attack.build(Spec(name=attack.name, **options)), model, concept, limit=1)
+    for tampered in found:
+        assert len(tampered.model.scores(concept.dataset, "search", limit=4)) == 4
 
 
 @pytest.mark.usefixtures("training")
