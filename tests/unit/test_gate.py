@@ -63,7 +63,7 @@ class TestVerdict:
         verdict = gate(passing_evidence(POLICY), POLICY)
         assert verdict.passed
         assert verdict.claim == (
-            "no breach found within 400 steps under suite v1.0, precisions fp32, "
+            "no breach found within 400 steps under suite v2.0, precisions fp32, "
             "dated 2026-01-02, expires 2026-07-01"
         )
         assert [check.name for check in verdict.checks] == [
@@ -139,7 +139,7 @@ class TestAdmission:
         ("update", "says"),
         [
             ({"policy": "0" * 64}, "another policy"),
-            ({"suite": "2.0"}, "suite 2.0"),
+            ({"suite": "1.0"}, "suite 1.0"),
             ({"finished_at": "yesterday"}, "'yesterday'"),
             ({"ceilings": {}}, "the ceiling was None"),
             ({"ceilings": {"footwear": 0.9}}, "the ceiling was 0.9, the policy says 0.5"),
@@ -155,7 +155,7 @@ class TestAdmission:
         [
             ("defended", {"weights": "f" * 64}),
             ("undefended", {"weights": "f" * 64}),
-            ("defended", {"suite": "1.1"}),
+            ("defended", {"suite": "2.1"}),
             ("defended", {"ceiling": 0.9}),
             ("never_knew", {"budget": Budget(unit="flops", limit=1e9)}),
             ("undefended", {"data": "f" * 64}),
@@ -524,7 +524,7 @@ def test_what_was_not_tested_is_printed() -> None:
         "adaptive search",
         "merging",
         "sham",
-        "budgets beyond 400 steps, but for the best 1 of the listed attacks, run to 1600",
+        "budgets beyond 400 steps, but for the best attack of each of 3 families, run to 1600",
     ):
         assert words in lines
     assert "low-rank adapters" not in lines

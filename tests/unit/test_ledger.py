@@ -54,7 +54,7 @@ def test_failed_trials_are_kept_but_tried_again(tmp_path: Path) -> None:
 def test_a_changed_trial_is_another_trial(tmp_path: Path) -> None:
     ledger, trial = filled(tmp_path / "trials.jsonl"), RECORDS[0].trial
 
-    for change in ({"seed": 99}, {"weights": "0" * 64}, {"suite": "2.0"}, {"ceiling": 0.4}):
+    for change in ({"seed": 99}, {"weights": "0" * 64}, {"suite": "1.0"}, {"ceiling": 0.4}):
         assert ledger.get(trial.model_copy(update=change)) is None
 
 

@@ -7,7 +7,7 @@ import pytest
 from evidence_builder import example_policy
 
 from release_guard.evidence import Trial, cost_grid
-from release_guard.phases import DRAW, MIDPOINT, SEARCH, Ground
+from release_guard.phases import CONFIRM, DRAW, MIDPOINT, SEARCH, Ground
 from release_guard.plan import Pace, Paces, disk, parts, rows
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
@@ -48,7 +48,7 @@ def test_every_phase_is_planned_in_order() -> None:
         ("attack the controls", "never_knew", 2),
         ("tune the never-knew arm", "never_knew", 3),
         ("confirm the controls", "never_knew", 3),
-        ("long run", "defended", 3),
+        ("long run", "defended", 9),
     ]
 
 
@@ -131,6 +131,17 @@ def test_what_the_ledger_holds_is_taken_off() -> None:
     assert less.steps == whole.steps / 4
     assert less.seconds == pytest.approx(whole.seconds / 4)
     assert same == others
+
+
+def test_a_trial_that_two_parts_may_choose_is_held_once() -> None:
+    policy = example_policy(("drawn = 0\nsearched = 0", "drawn = 0\nsearched = 6"))
+    concept = policy.concepts[0]
+    held = ground(policy).trials(
+        CONFIRM, "defended", concept, policy.attacks[:1], policy.precisions, 0.5
+    )
+    found = rows(parts(policy, {}), ground(policy), paces(policy), held)
+
+    assert sum(row.held for row in found) == len(held)
 
 
 def test_a_ceiling_found_later_does_not_matter_but_weights_do() -> None:

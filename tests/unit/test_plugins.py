@@ -58,6 +58,14 @@ def test_label_tells_specs_apart() -> None:
     assert Spec(name="lora").label == "lora"
 
 
+def test_label_of_what_is_made_of_others_names_them_in_order() -> None:
+    chain = Spec(name="chain", steps=[{"name": "reinit", "part": "head"}, {"name": "finetune"}])
+    assert chain.label == "reinit(part=head) > finetune"
+    assert chain.family == "reinit>finetune"
+    assert [part.name for part in chain.changed(lr=0.1).parts] == ["reinit", "finetune"]
+    assert chain.changed(lr=0.1).label == "reinit(part=head) > finetune(lr=0.1)"
+
+
 def test_advice_without_a_near_match_lists_what_is_allowed() -> None:
     assert advise("zzz", ["beta", "alpha"]) == "allowed: alpha, beta"
     assert advise("x", []) == "allowed: nothing"

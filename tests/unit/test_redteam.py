@@ -132,6 +132,21 @@ def test_every_arm_meets_what_it_must(team: Team, ignorant: Path) -> None:
     assert evidence.planned == len(evidence.records)
 
 
+def test_the_long_run_follows_the_best_of_each_family(team: Team, ignorant: Path) -> None:
+    adapter = {"name": "lora", "lr": 1e-5, "batch": 32}
+    head = {"name": "chain", "steps": [{"name": "reinit", "part": "head"}, SLOW]}
+    several = [SLOW, {**SLOW, "lr": 1e-7}, adapter, head]
+    evidence, _ = team(ignorant, attacks=several, red_team={"long_run_best": 2})
+    everything, _ = team(ignorant, attacks=several, red_team={"long_run_best": 9})
+
+    def followed(found: Evidence) -> list[str]:
+        specs = {r.trial.attack.label: r.trial.attack for r in of(found, "defended", "long_run")}
+        return sorted(spec.family for spec in specs.values())
+
+    assert len(followed(evidence)) == 2
+    assert followed(everything) == ["finetune", "lora", "reinit>finetune"]
+
+
 def test_surgical_attacks_meet_the_defended_model_only(team: Team, ignorant: Path) -> None:
     evidence, _ = team(ignorant, folders={"sham": ignorant, "ancestor": ignorant}, **RANDOM)
 
