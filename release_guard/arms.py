@@ -27,6 +27,19 @@ def arms(places: Sequence[Place], strengths: Sequence[Strength], policy: Policy)
             yield _ancestor(place, found.ancestor)
 
 
+def num_searched(place: Place) -> int:
+    """Trials of an adaptive search on the defended model that ended, as asked."""
+    return len(
+        {
+            record.trial.key
+            for record in place.records
+            if (record.trial.arm, record.origin) == ("defended", "searched")
+            and place.as_asked(record)
+            and ended(record, place.ceiling)
+        }
+    )
+
+
 def _drawn(place: Place) -> Check:
     name, found, asked = f"draws/{place.name}", draws(place), place.policy.red_team.drawn
     most = place.policy.gate.max_breach_rate
@@ -42,19 +55,11 @@ def _drawn(place: Place) -> Check:
 
 
 def _searched(place: Place) -> Check:
-    keys = {
-        record.trial.key
-        for record in place.records
-        if (record.trial.arm, record.origin) == ("defended", "searched")
-        and place.as_asked(record)
-        and ended(record, place.ceiling)
-    }
-    asked = place.policy.red_team.searched
+    found, asked = num_searched(place), place.policy.red_team.searched
     return Check(
         f"coverage/search/{place.name}",
-        Result.PASS if len(keys) >= asked else Result.INCONCLUSIVE,
-        f"{len(keys)} trials of an adaptive search on the defended model ended; "
-        f"{asked} are asked for",
+        Result.PASS if found >= asked else Result.INCONCLUSIVE,
+        f"{found} trials of an adaptive search on the defended model ended; {asked} are asked for",
     )
 
 

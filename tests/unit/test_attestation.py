@@ -340,7 +340,7 @@ def test_what_compares_arms_is_that_of_the_verdict() -> None:
 
 def test_searches_and_attacks_against_a_stage_are_counted() -> None:
     policy = example_policy(
-        ('profile = "smoke"', 'profile = "smoke"\nsearched = 5'),
+        ("searched = 0", "searched = 5"),
         ("kappa = 5.0", "kappa = 5.0\nrequire_adaptive = true"),
     )
     (stage,) = policy.stages
