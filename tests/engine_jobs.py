@@ -1,11 +1,17 @@
-"""Trials for tests of engines."""
+"""Trials for tests of engines, and the processes that run them."""
 
+import contextlib
 from pathlib import Path
+
+import psutil
 
 from release_guard.engines import Job
 from release_guard.evidence import Trial
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy
+
+CANARY = "4c7d-canary"
+"""Stands for a credential of the process that starts an engine; no worker may know it."""
 
 
 def job(policy: Policy, source: Path, **changes: object) -> Job:
@@ -25,3 +31,14 @@ def job(policy: Policy, source: Path, **changes: object) -> Job:
         data="1" * 64,
     )
     return Job(trial.model_copy(update=changes), str(source), policy)
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    """Processes below it that are running trials."""
+    found = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = " ".join(child.cmdline())
+            if "spawn_main" in command or "ray::_serve" in command:
+                found.append(child)
+    return found

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, PrivateAttr
 
 from release_guard.errors import ModelError
-from release_guard.evidence import Outcome, Point, Trial
+from release_guard.evidence import Kept, Outcome, Point, Trial
 from release_guard.plugins import Plugin, Spec
-from release_guard.policy import Policy, Target
+from release_guard.policy import MergeTarget, Policy, Target
 from release_guard.statistics import breached
 
 if TYPE_CHECKING:
@@ -191,9 +191,10 @@ def _measure(job: Job) -> Outcome:
     trial = job.trial
     (target,) = (target for target in job.policy.targets if target.name == trial.target)
     attack = Attack.build(trial.attack)
-    ancestor = _ancestor(job) if attack.needs_ancestor else None
+    ancestor = _ancestor(job, target) if attack.needs_ancestor else None
     curve: list[Point] = []
     parameters = examples = 0
+    kept: Kept | None = None
     for tampered in attack.tamper(
         _model(job),
         target,
@@ -209,9 +210,12 @@ def _measure(job: Job) -> Outcome:
             note = f"not finite after {tampered.cost.steps} steps"
             return _outcome("collapsed", curve, examples, parameters, note)
         curve.append(Point(cost=tampered.cost, score=score))
-        if trial.ceiling is not None and breached(score, trial.ceiling):
+        if isinstance(target, MergeTarget):  # whether it counts is only known beside other merges
+            kept = _kept(tampered.model, target, job)
+        elif trial.ceiling is not None and breached(score, trial.ceiling):
             return _outcome("breached", curve, examples, parameters)
-    return _outcome("survived", curve, examples, parameters)
+    outcome = _outcome("survived", curve, examples, parameters)
+    return outcome.model_copy(update={"kept": kept})
 
 
 def _outcome(
@@ -237,13 +241,16 @@ def _model(job: Job) -> "ModelHandle":
     return at(model, job.trial.precision)
 
 
-def _ancestor(job: Job) -> "ModelHandle":
+def _ancestor(job: Job, target: Target) -> "ModelHandle":
     """The public ancestor, at the precision of what is attacked: whoever rounds one rounds both."""
     from release_guard.quantization import at  # noqa: PLC0415
 
-    if not job.ancestor:
+    source = job.ancestor
+    if isinstance(target, MergeTarget) and target.base is not None:
+        source = target.base
+    if not source:
         raise ModelError(f"{job.trial.attack.name}: needs a public ancestor, and there is none")
-    return at(_load(job.policy, job.ancestor), job.trial.precision)
+    return at(_load(job.policy, source), job.trial.precision)
 
 
 def _scores(model: "ModelHandle", target: Target, trial: Trial) -> list[float]:
@@ -251,6 +258,14 @@ def _scores(model: "ModelHandle", target: Target, trial: Trial) -> list[float]:
 
     dataset, split = scored(target, trial.split)
     return list(model.scores(dataset, split, limit=trial.examples))
+
+
+def _kept(model: "ModelHandle", target: MergeTarget, job: Job) -> Kept:
+    """What a merge keeps of the donor's task, on the split on which it is scored itself."""
+    from release_guard.ingredients import kept  # noqa: PLC0415
+
+    donor, trial = _load(job.policy, target.donor), job.trial
+    return kept(model, donor, target.donor_dataset, trial.split, limit=trial.examples)
 
 
 @functools.lru_cache(maxsize=4)

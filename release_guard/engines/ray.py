@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 from importlib.metadata import version
 from typing import Any
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 
 from release_guard import __version__
 from release_guard.engines import (
@@ -30,7 +30,7 @@ from release_guard.evidence import Outcome
 
 _PATIENCE = 5.0  # seconds a head node may take to answer
 _OBJECTS = 80 << 20  # bytes; jobs and outcomes are small, Ray's own default is a third of memory
-_SILENCE = 30.0  # seconds without an outcome after which the cluster is looked at
+_SILENCE = 10.0  # seconds without an outcome after which the cluster is looked at
 _LOST = ("WorkerCrashedError", "LocalRayletDiedError", "NodeDiedError", "OutOfMemoryError",
          "ObjectLostError")  # fmt: skip
 
@@ -44,6 +44,13 @@ class Ray(Engine):
     """GPUs a trial takes; 0.25 lets four share one."""
 
     _tasks: dict[Any, Job] = PrivateAttr(default_factory=dict)
+
+    @field_validator("gpus")
+    @classmethod
+    def _shared_or_whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus % 1:
+            raise ValueError("a trial takes a share of one GPU, or a whole number of them")
+        return gpus
 
     @property
     def running(self) -> Collection[Job]:
@@ -65,17 +72,15 @@ class Ray(Engine):
             "object_store_memory": _OBJECTS,
         }
         access = {} if self.address else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
-        try:
-            with worker_environment(RAY_USAGE_STATS_ENABLED="0", **access):
-                _ray().init(
-                    address=self.address or "local",  # without one, RAY_ADDRESS would decide
-                    runtime_env={"env_vars": dict(WORKER_ENVIRONMENT)},
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    **({} if self.address else here),
-                )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise _unusable(error) from None
+        with worker_environment(RAY_USAGE_STATS_ENABLED="0", **access):
+            _start(
+                address=self.address or "local",  # without one, RAY_ADDRESS would decide
+                runtime_env={"env_vars": dict(WORKER_ENVIRONMENT)},
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **({} if self.address else here),
+            )
+        self._require_gpus()
 
     def close(self) -> None:
         self._tasks.clear()
@@ -92,6 +97,29 @@ class Ray(Engine):
             _require_alive()  # Ray waits for ever where its own node is gone
         for task in ready:
             yield self._tasks.pop(task), _outcome(task)
+
+    def _require_gpus(self) -> None:
+        """Ray would wait for ever for a node that has them."""
+        most = max(node["Resources"].get("GPU", 0) for node in _ray().nodes() if node["Alive"])
+        if most < self.gpus:
+            _ray().shutdown()
+            raise ReleaseGuardError(
+                f"a trial asks for {self.gpus:g} GPUs and no node of the Ray cluster has more than "
+                f"{most:g}; give a smaller --gpus"
+            )
+
+
+def _start(**options: Any) -> None:
+    """Start or join a cluster; Ray gives a node 30 seconds, which a busy machine may outlast."""
+    for goes_left in (1, 0):
+        try:
+            _ray().init(**options)
+        except Exception as error:  # Ray has no kind of its own for a node that is late
+            _ray().shutdown()
+            if not goes_left:
+                raise _unusable(error) from None
+        else:
+            return
 
 
 def _serve(job: Job, versions: tuple[str, ...]) -> Outcome:

@@ -1,8 +1,7 @@
 """Every engine beside the contract, found by itself: the same outcomes, no credentials."""
 
-import importlib.util
 import os
-import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +9,14 @@ from pathlib import Path
 import pico
 import psutil
 import pytest
-from engine_jobs import job
+from engine_jobs import CANARY, job, workers_of
 
 from release_guard.engines import DIED, Engine, Job, run_trial
 from release_guard.evidence import Outcome
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy
 
-CANARY = "4c7d-canary"
+ENGINES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in Engine.available()]
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +24,16 @@ def policy(tmp_path_factory: pytest.TempPathFactory, image_data: Path) -> Policy
     return Policy.load(pico.pico_policy(tmp_path_factory.mktemp("policy"), image_data))
 
 
-@pytest.fixture(scope="module", params=Engine.available())
+@pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """Open, and started by a process that has credentials."""
-    if request.param == "ray" and importlib.util.find_spec("ray") is None:
-        pytest.skip("Ray is not installed")
+    """Open, with one worker, and started by a process that has credentials."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", CANARY)
-        with Engine.build(Spec(name=request.param, workers=1)) as opened:
-            yield opened
+        if request.param == "ray":
+            yield request.getfixturevalue("cluster")
+        else:
+            with Engine.build(Spec(name=request.param, workers=1)) as opened:
+                yield opened
 
 
 @pytest.fixture
@@ -53,19 +53,6 @@ def without_seconds(outcome: Outcome) -> dict[str, object]:
     for point in dumped["curve"]:
         del point["cost"]["seconds"]
     return dumped
-
-
-def workers() -> list[psutil.Process]:
-    """Processes below this one that are running trials."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            command = " ".join(process.cmdline())
-        except psutil.NoSuchProcess:
-            continue
-        if "spawn_main" in command or "ray::_serve" in command:
-            found.append(process)
-    return found
 
 
 def test_outcomes_are_the_same_bit_for_bit(engine: Engine, jobs: list[Job]) -> None:
@@ -99,21 +86,31 @@ def test_workers_know_none_of_our_credentials(engine: Engine, jobs: list[Job]) -
         assert CANARY not in process.environ().values()
 
 
-def test_a_dead_worker_is_told_and_the_next_trial_has_another(
+def test_a_killed_worker_costs_one_trial_at_most(
     engine: Engine, jobs: list[Job], policy: Policy, classifier_folder: Path
 ) -> None:
+    """Killed once, the trial is run again, alone; killed twice, it has failed. Others go on."""
     endless = job(policy, classifier_folder, budget=Budget(limit=1e9), ceiling=None)
-    engine.start(endless)
-    deadline = time.monotonic() + 60
-    while not workers() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for process in workers():
-        os.kill(process.pid, signal.SIGKILL)
-    ((lost, outcome),) = engine.ended()
+    killer = threading.Thread(target=kill_both_goes, args=(engine,))
+    killer.start()
+    endings = {done.trial.key: outcome for done, outcome in engine.run([endless, jobs[0]])}
+    killer.join()
 
-    assert lost == endless
-    assert (outcome.ending, outcome.note[: len(DIED)]) == ("failed", DIED)
-    assert [outcome.ending for _, outcome in engine.run(jobs[:1])] == ["survived"]
+    lost = endings[endless.trial.key]
+    assert (lost.ending, lost.note[: len(DIED)]) == ("failed", DIED)
+    assert "twice; the second time nothing else was running" in lost.note
+    assert endings[jobs[0].trial.key].ending == "survived"
+
+
+def kill_both_goes(engine: Engine) -> None:
+    """SIGKILL whatever runs its first trial, then whatever runs it again."""
+    for alone in (False, True):
+        while not any(running.alone is alone for running in list(engine.running)):
+            time.sleep(0.05)
+        while not (found := workers_of(psutil.Process())):
+            time.sleep(0.05)
+        for process in found:
+            process.kill()
 
 
 @pytest.mark.parametrize("name", Engine.available())

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from engine_jobs import workers_of
 from evidence_builder import POLICY as EVIDENCE_POLICY
 from evidence_builder import example_policy, passing_evidence
 
@@ -594,45 +596,44 @@ def test_folder_of_another_run(story: Mapping[str, Said]) -> None:
     assert "belongs to another run (policy differ)" in story["another policy"].err
 
 
-def test_interrupted_runs_go_on(policy_file: Path, classifier_folder: Path) -> None:
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+from release_guard.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_interrupt_ends_everything_and_says_how_to_go_on(
+    policy_file: Path, classifier_folder: Path
+) -> None:
     policy_file.write_text(POLICY.replace("limit = 60", "limit = 100_000"))
-    run("keygen", "-q")
-    arguments = ["publish", str(classifier_folder), "--repo", "acme/pico", "--as-is"]
+    assert main(["keygen", "-q"]) == 0
+    arguments = [str(classifier_folder), "--policy", "policy.toml", "--workers", "1"]
+    arguments += ["--repo", "acme/pico", "--as-is"]
     process = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-m", "release_guard", *arguments, "--policy", "policy.toml"],
+        [sys.executable, "-c", INTERRUPTIBLE, "publish", *arguments],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    workers = _children_of(process)
+    workers = _workers_of(process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate()
 
     assert process.returncode == 130
     assert out == ""
     assert err.splitlines()[-1] == (
         "stopped; nothing was published. Run the same command again to go on where it stopped"
     )
-    deadline = time.monotonic() + 20
-    while any(_is_alive(worker) for worker in workers):
-        assert time.monotonic() < deadline, "a worker survived"
-        time.sleep(0.1)
+    assert not psutil.wait_procs(workers, timeout=60)[1], "a worker survived"
     assert not Path("hub").exists()
 
 
-def _is_alive(process: str) -> bool:
-    try:
-        return ") Z" not in Path(f"/proc/{process}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def _children_of(process: "subprocess.Popen[str]") -> list[str]:
-    """Wait until it has started workers."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    for _ in range(600):
-        if found := children.read_text().split():
-            time.sleep(1)
-            return [*found, *children.read_text().split()]
+def _workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """Wait until it has started one."""
+    while process.poll() is None:
+        if found := workers_of(psutil.Process(process.pid)):
+            return found
         time.sleep(0.1)
-    raise AssertionError("no worker was started")
+    raise AssertionError(process.communicate())
