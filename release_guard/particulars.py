@@ -161,10 +161,10 @@ def _attacks(evidence: Evidence, policy: Policy, void: Sequence[str]) -> Iterabl
         attacks.setdefault(record.trial.attack.label, record.trial.attack)
         tried.setdefault(record.trial.attack.label, []).append(record)
     for label, attack in attacks.items():
-        records, ran = tried.get(label, []), "void" if attack.name in void else "run"
+        records, ran = tried.get(label, []), "void" if attack.family in void else "run"
         yield {
             "name": label,
-            "family": attack.name,
+            "family": attack.family,
             "options": attack.model_dump(mode="json", exclude={"name"}),
             "seeds": sorted({record.trial.seed for record in records}),
             "status": ran if records else "notRun",

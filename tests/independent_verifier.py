@@ -120,14 +120,24 @@ def verify(folder, key, policy=None, now=None):
         about = [(subject["name"], subject["digest"]["sha256"]) for subject in claim["subject"]]
         require(about == subjects, f"{kind}: subjects")
         predicates[kind] = claim["predicate"]
+    check_claims(folder, predicates, found, policy, now or datetime.now(UTC))
+
+
+def check_claims(folder, predicates, found, policy, now):
+    """Raise WrongError unless the three agree, on these files, and still hold."""
     resistance, result = predicates["resistance"], predicates["test-result"]
     policies = {resistance["policy"]["digest"]["sha256"], found[".release-guard/policy.toml"]}
     policies |= {entry["digest"]["sha256"] for entry in result["configuration"]}
     require(policies == {policy or found[".release-guard/policy.toml"]}, "policy")
     report = resistance["report"]["digest"]["sha256"]
     require(report == found[".release-guard/evidence.jsonl"], "evidence")
+    first = (folder / ".release-guard/evidence.jsonl").read_bytes().split(b"\n", 1)[0]
+    header = json.loads(first)["header"]
+    require(header["policy"] in policies, "evidence: of another policy")
+    payload = {name: digest for name, digest in found.items() if decides_behaviour(name)}
+    require(header["immunized"] == root(payload), "evidence: of other weights")
     until = datetime.fromisoformat(resistance["validUntil"])
-    require((now or datetime.now(UTC)) < until, "expired")
+    require(now < until, "expired")
     require((resistance["verdict"], result["result"]) == ("PASS", "PASSED"), "verdict")
     require(predicates["svr"]["properties"], "svr: no property")
 
