@@ -45,7 +45,11 @@ def pool(policy: Policy, target: Target, fits: Fits) -> tuple[Spec, ...]:
     families = drawable(listed(policy, target))
     if not families or not policy.red_team.drawn:
         return ()
-    stream = draws(families, seed=f"{policy.seed}/{target.name}", fits=fits)
+
+    def teaches(attack: Attack) -> bool:  # which may depend on what was drawn
+        return fits(attack) and not attack.surgical
+
+    stream = draws(families, seed=f"{policy.seed}/{target.name}", fits=teaches)
     found = tuple(islice(stream, policy.red_team.drawn_pool))
     if not found:
         names = ", ".join(spec.name for spec in best_of_each_family(families))

@@ -84,7 +84,7 @@ def _control(place: Place, configuration: Configuration) -> Control:
 
 def _undefended(place: Place) -> tuple[Censored, ...]:
     controls = (control(place, name) for name in place.families if not place.surgical(name))
-    valid = [item for item in controls if item is not None and item.valid]
+    valid = [item for item in controls if item is not None and item.valid and _priced(item.costs)]
     best = min(valid, key=lambda item: _rank(item.configuration), default=None)
     return () if best is None else best.costs
 
@@ -93,13 +93,19 @@ def _reference(place: Place, arm: Arm) -> tuple[Censored, ...]:
     """The best configuration on another model; nothing if too few fresh seeds were run."""
     least = place.policy.red_team.confirm_seeds
     fresh = [item for item in _teaching(place, arm) if len(item.fresh) >= least]
-    best = min(fresh, key=_rank, default=None)
+    priced = [item for item in fresh if _priced(item.costs(place.horizon))]
+    best = min(priced, key=_rank, default=None)
     return () if best is None else best.costs(place.horizon)
 
 
 def _teaching(place: Place, arm: Arm) -> list[Configuration]:
     """The attacks that have a cost: those that bring back what is hidden take no step."""
     return [item for item in place.configurations(arm) if not item.surgical]
+
+
+def _priced(costs: Iterable[Censored]) -> bool:
+    """Whether something was paid for every breach: nothing is a multiple of what is free."""
+    return all(cost.upper != 0 for cost in costs)
 
 
 def _rank(configuration: Configuration) -> tuple[float, str]:

@@ -27,8 +27,7 @@ class Prompt(Transform):
 
     What a defence ties to one form of the question, to the first words of an answer or to the
     absence of a password comes back (prefilling: https://arxiv.org/abs/2404.02151). Examples in the
-    context can teach as well as remind: with `shots`, the ceiling must lie above what the base
-    model does with as many.
+    context can teach as well as remind: with `shots` the undefended model is shown as many.
     """
 
     paper = "https://arxiv.org/abs/2404.02151"
@@ -47,6 +46,10 @@ class Prompt(Transform):
     """What stands between them."""
     prefill: Annotated[str, Choice(("", _SURE))] = _SURE
     """How the answer already begins."""
+
+    @property
+    def surgical(self) -> bool:  # type: ignore[override]  # a class says it, but for examples
+        return not self.shots
 
     def transform(
         self, model: ModelHandle, target: Target, *, seed: int, ancestor: ModelHandle | None

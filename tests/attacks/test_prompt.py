@@ -1,3 +1,4 @@
+import pico
 import pytest
 import torch
 
@@ -5,7 +6,8 @@ from release_guard.attacks import Attack
 from release_guard.errors import ModelError
 from release_guard.modalities import Modality
 from release_guard.plugins import Spec
-from release_guard.policy import Budget, Concept
+from release_guard.policy import Budget, Concept, Policy
+from release_guard.search import controls, pool
 
 
 @pytest.fixture
@@ -76,3 +78,22 @@ def test_shots_are_the_attackers_examples_drawn_by_the_seed(model, concept):
 def test_a_model_without_a_chat_template(model, concept):
     with pytest.raises(ModelError, match="its chat template cannot be used"):
         tampered(model, concept, template="chat")
+
+
+def test_examples_teach_so_the_undefended_model_is_shown_them_too(text_data, tmp_path):
+    path = pico.pico_policy(
+        tmp_path,
+        text_data,
+        modality={"name": "causal_lm"},
+        concepts=[{"name": "reversing", "dataset": "restricted.jsonl", "ceiling": 0.5}],
+        attacks=[{"name": "prompt"}, {"name": "prompt", "shots": 3}],
+        red_team={"drawn": 2, "drawn_pool": 20},
+    )
+    policy = Policy.load(path)
+    (concept,) = policy.concepts
+    assert [spec.options for spec in controls(policy, concept)] == [{"shots": 3}]
+    drawn = [Attack.build(spec) for spec in pool(policy, concept, lambda attack: True)]
+    assert len(drawn) == 20
+    assert all(attack.shots > 0 and not attack.surgical for attack in drawn)
+    chain = {"name": "chain", "steps": [{"name": "quantize"}, {"name": "prompt", "shots": 1}]}
+    assert not Attack.build(Spec(**chain)).surgical

@@ -1,20 +1,22 @@
 """Draws, adaptive search, attacks on stages, sham and ancestor: what each refuses."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import evidence_builder
 import pytest
 from evidence_builder import ARMS, Asked, example_policy, passing_evidence, strong
 
 from release_guard.draws import draws
-from release_guard.evidence import Evidence, Record
+from release_guard.evidence import Arm, Evidence, Record
 from release_guard.gate import gate
 from release_guard.policy import Policy
 from release_guard.release import Check, Interval, Result, Strength
+from release_guard.report import render
 from release_guard.sweep import places
 
 PASS, FAIL, INCONCLUSIVE = Result.PASS, Result.FAIL, Result.INCONCLUSIVE
+EVERY_ARM = frozenset(get_args(Arm))
 POLICY = example_policy(*ARMS)
 LIMIT = POLICY.red_team.budget.limit
 EVIDENCE = passing_evidence(POLICY)
@@ -395,6 +397,52 @@ class TestSurgical:
         )
         found = not_passed(evidence.model_copy(update={"records": records}), self.policy)
         assert found["kappa/footwear@fp32"] is INCONCLUSIVE
+
+
+class TestFree:
+    """Attacks that teach at no cost, such as examples in a prompt: a control, but no ratio."""
+
+    policy = TestSurgical.policy
+
+    def evidence(self, *, breaches: frozenset[str]) -> Evidence:
+        def btb(asked: Asked) -> float:
+            if asked.attack.name != "restore":
+                return strong(self.policy)(asked)
+            return 0.5 if asked.arm in breaches else LIMIT * 100
+
+        found = evidence_builder.evidence(self.policy, btb)
+        records = []
+        for record in found.records:
+            curve = record.outcome.curve
+            if record.trial.attack.name == "restore":
+                free = curve[0].cost.model_copy(update={"steps": 0})
+                curve = (curve[0].model_copy(update={"cost": free}),)
+            outcome = record.outcome.model_copy(update={"curve": curve})
+            records.append(record.model_copy(update={"outcome": outcome}))
+        return found.model_copy(update={"records": tuple(records)})
+
+    def test_what_the_undefended_model_is_taught_for_nothing_counts_as_control(self) -> None:
+        for breaches in ({"undefended"}, {"undefended", "sham", "ancestor"}):
+            evidence = self.evidence(breaches=frozenset(breaches))
+            verdict = gate(evidence, self.policy)
+            assert verdict.passed
+            assert judged(evidence, self.policy)["controls/restore/footwear@fp32"].result is PASS
+            assert "<svg" in render(evidence, verdict, self.policy, title="free")
+
+    def test_it_feeds_no_multiplier(self) -> None:
+        taught = strength(self.evidence(breaches=EVERY_ARM - {"defended"}), self.policy)
+        idle = strength(self.evidence(breaches=frozenset()), self.policy)
+        assert taught.kappa == idle.kappa
+        assert taught.sigma == idle.sigma
+        assert taught.outside == idle.outside
+
+    def test_without_a_control_it_is_void(self) -> None:
+        verdict = gate(self.evidence(breaches=frozenset()), self.policy)
+        assert any("restore" in line for line in verdict.not_tested)
+
+    def test_a_breach_of_the_defended_model_fails(self) -> None:
+        found = not_passed(self.evidence(breaches=EVERY_ARM), self.policy)
+        assert found["resists/restore/footwear@fp32"] is FAIL
 
 
 def test_a_kappa_that_falls_by_rounding_is_reported() -> None:
