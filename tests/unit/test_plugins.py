@@ -3,18 +3,35 @@
 import pytest
 
 from release_guard.attacks import Attack
+from release_guard.engines import Engine
 from release_guard.errors import PolicyError
 from release_guard.hubs import Hub
+from release_guard.modalities import Modality
 from release_guard.plugins import Plugin, Spec, advise
 from release_guard.signers import Signer
 from release_guard.stages import Stage
 
 
-@pytest.mark.parametrize("contract", [Attack, Hub, Signer, Stage])
-def test_everything_that_ships_builds_with_defaults(contract: type[Plugin]) -> None:
+CONTRACTS = (Attack, Engine, Hub, Modality, Signer, Stage)
+NEEDED = {"chain": {"steps": [{"name": "reinit"}, {"name": "finetune"}]}}
+"""Options without which nothing sensible can be built, by the plug-in's name."""
+
+
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_everything_that_ships_builds_with_what_it_needs(contract: type[Plugin]) -> None:
     assert contract.available()
     for name in contract.available():
-        assert contract.build(Spec(name=name)).name == name
+        assert contract.build(Spec(name=name, **NEEDED.get(name, {}))).name == name
+
+
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_what_needs_options_says_which(contract: type[Plugin]) -> None:
+    for name in contract.available():
+        if needed := NEEDED.get(name, {}):
+            with pytest.raises(PolicyError) as caught:
+                contract.build(Spec(name=name), where="here")
+            lines = [f"here.{option}: missing; {name} needs it" for option in needed]
+            assert str(caught.value).splitlines() == lines
 
 
 def test_options_become_fields() -> None:
