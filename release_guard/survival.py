@@ -11,7 +11,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from release_guard.evidence import Outcome
 from release_guard.release import Interval
@@ -137,15 +137,57 @@ def restricted_mean_difference(
     """
     if not first or not second:
         return Interval(estimate=None, lower=None, upper=None)
-    lot = random.Random(seed)  # noqa: S311  no secret
+    lot, span = random.Random(seed), (start, limit)  # noqa: S311  no secret
+    mine, theirs = _Counts.of(first, span), _Counts.of(second, span)
 
-    def mean(groups: Sequence[Sequence[Lifetime]]) -> float:
-        together = [life for group in groups for life in group]
-        return restricted_mean(incidence(together), start=start, limit=limit)
+    def again(counts: _Counts) -> float:
+        return counts.mean(lot.choices(counts.groups, k=len(counts.groups)))
 
-    def again(groups: Sequence[Sequence[Lifetime]]) -> float:
-        return mean(lot.choices(groups, k=len(groups)))
-
-    found = sorted(again(first) - again(second) for _ in range(_RESAMPLES))
+    found = sorted(again(mine) - again(theirs) for _ in range(_RESAMPLES))
     cut = round(_TAIL * _RESAMPLES)
-    return Interval(estimate=mean(first) - mean(second), lower=found[cut - 1], upper=found[-cut])
+    estimate = mine.mean(mine.groups) - theirs.mean(theirs.groups)
+    return Interval(estimate=estimate, lower=found[cut - 1], upper=found[-cut])
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What `restricted_mean` of any choice of groups needs, counted once.
+
+    Attributes:
+        groups: Of each, the lifetimes at risk at each cost where any ends, then those that end.
+        widths: Shares of the logarithmic budget from its start to the first cost, to the next one,
+            and so on to the limit.
+    """
+
+    groups: Sequence[Sequence[int]]
+    widths: Sequence[float]
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[Lifetime]], span: tuple[float, float]) -> Self:
+        start, limit = span
+        ends = {life.cost for group in groups for life in group if life.cause is not None}
+        costs = sorted(cost for cost in ends if cost < limit)
+        corners = [start, *(max(start, cost) for cost in costs), limit]
+        whole = math.log(limit / start)
+        return cls(
+            [_at_risk_and_ended(group, costs) for group in groups],
+            [math.log(right / left) / whole for left, right in itertools.pairwise(corners)],
+        )
+
+    def mean(self, chosen: Sequence[Sequence[int]]) -> float:
+        """Share of the logarithmic budget for which the chosen groups' trials stand."""
+        together = list(map(sum, zip(*chosen, strict=True)))
+        first, *widths = self.widths
+        standing, area = 1.0, first
+        for at_risk, ended, width in zip(
+            together[: len(widths)], together[len(widths) :], widths, strict=True
+        ):
+            if ended:
+                standing *= 1 - ended / at_risk
+            area += standing * width
+        return area
+
+
+def _at_risk_and_ended(group: Sequence[Lifetime], costs: Sequence[float]) -> list[int]:
+    ends = [life.cost for life in group if life.cause is not None]
+    return [sum(life.cost >= cost for life in group) for cost in costs] + [*map(ends.count, costs)]

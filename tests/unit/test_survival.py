@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import numpy as np
 import pytest
@@ -143,6 +144,32 @@ class TestRestrictedMean:
         assert found.upper is not None
         assert found.lower < 0 < found.upper
         assert found == restricted_mean_difference(mixed, steady, start=1, limit=100)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_bounds_are_those_of_resampled_curves(self, seed: int) -> None:
+        """Costs before the start, beyond the limit and tied; every draw through `incidence`."""
+        draw, lot = np.random.default_rng(seed), random.Random(seed)  # noqa: S311  no secret
+        arms = [
+            [
+                [
+                    Lifetime(float(cost), CAUSES[draw.integers(3)])
+                    for cost in draw.integers(0, 14, 3)
+                ]
+                for _ in range(7)
+            ]
+            for _ in range(2)
+        ]
+
+        def mean(groups: list[list[Lifetime]]) -> float:
+            steps = incidence([life for group in groups for life in group])
+            return restricted_mean(steps, start=2, limit=10)
+
+        again = sorted(
+            mean(lot.choices(arms[0], k=7)) - mean(lot.choices(arms[1], k=7)) for _ in range(1_000)
+        )
+        found = restricted_mean_difference(*arms, start=2, limit=10, seed=seed)
+        wanted = (mean(arms[0]) - mean(arms[1]), again[49], again[-50])
+        assert (found.estimate, found.lower, found.upper) == pytest.approx(wanted, abs=1e-12)
 
     def test_an_empty_arm_shows_nothing(self) -> None:
         found = restricted_mean_difference([], [[Lifetime(1, None)]], start=1, limit=100)

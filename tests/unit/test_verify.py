@@ -483,6 +483,7 @@ def test_signed_evidence_of_another_run_is_invalid(
     found = check(folder, ours)
     assert found.states == (State.EVIDENCE_INVALID,)
     assert "another policy or other weights" in found.findings[0].message
+    assert not agrees(folder, ours)
 
 
 def test_signed_figures_that_no_arithmetic_holds_are_invalid(
