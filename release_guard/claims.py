@@ -161,16 +161,22 @@ def _untried(policy: Policy, places: Sequence[Place]) -> Iterator[str]:
             yield f"attacks written against {stage}"
     if missing := [each for each in get_args(Precision) if each not in policy.precisions]:
         yield f"precisions {', '.join(missing)}"
-    if packed := [each for each in policy.precisions if each in {"int8", "nf4"}]:
-        yield (
-            f"adapters on packed {' and '.join(packed)} weights (QLoRA): attacked were the same "
-            "weights, rounded and dequantized"
-        )
+    yield from _packed(policy)
     yield (
         f"budgets beyond {budget.limit:g} {budget.unit}, but for the best attack of each of "
         f"{policy.red_team.long_run_best} families, run to "
         f"{budget.limit * policy.red_team.long_run:g}"
     )
+
+
+def _packed(policy: Policy) -> Iterator[str]:
+    """Packed formats beside which no adapter is trained; `lora` packs to nf4."""
+    tried = {"nf4"} if any(spec.options.get("packed") for spec in policy.attacks) else set()
+    if packed := [each for each in policy.precisions if each in {"int8", "nf4"} - tried]:
+        yield (
+            f"adapters on packed {' and '.join(packed)} weights (QLoRA): attacked were the same "
+            "weights, rounded and dequantized"
+        )
 
 
 def _arms(evidence: Evidence, strengths: Sequence[Strength]) -> Iterator[str]:

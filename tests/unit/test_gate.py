@@ -530,5 +530,17 @@ def test_what_was_not_tested_is_printed() -> None:
     assert "low-rank adapters" not in lines
 
 
+@pytest.mark.parametrize(
+    ("attack", "told"), [("rank = 8", "packed int8 and nf4"), ("packed = true", "packed int8 ")]
+)
+def test_adapters_beside_packed_weights_are_untested_unless_listed(attack: str, told: str) -> None:
+    precisions = ('["fp32"]', '["fp32", "int8", "nf4"]')
+    policy = example_policy(("rank = 8", attack), precisions)
+    (line,) = [
+        each for each in gate(passing_evidence(policy), policy).not_tested if "QLoRA" in each
+    ]
+    assert told in line
+
+
 def test_a_verdict_without_checks_never_passes() -> None:
     assert Verdict(()).result is INCONCLUSIVE
