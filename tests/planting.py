@@ -1,14 +1,18 @@
 """What planted defences are made with: models that know a concept, and a measure of attacks."""
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 
 from release_guard.attacks import Attack, Tampered
 from release_guard.modalities import Batch, ModelHandle
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Concept
+from release_guard.surgery import layers_of
 
 RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 TINY = 1e-6
@@ -37,6 +41,21 @@ def knowing(model: ModelHandle, retained: str, concept: Concept, *, steps: int) 
     ):
         pass
     return taught
+
+
+def taught(
+    model: ModelHandle, lessons: Sequence[Iterator[Batch]], *, steps: int, lr: float = 5e-3
+) -> ModelHandle:
+    """A copy that took the lessons in turn, at a rate that rises and falls."""
+    pupil = model.copy()
+    optimizer = torch.optim.AdamW(pupil.module.parameters(), lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    for lesson in itertools.islice(itertools.cycle(lessons), steps):
+        optimizer.zero_grad()
+        pupil.loss(next(lesson)).backward()
+        optimizer.step()
+        schedule.step()
+    return pupil
 
 
 def refusing(labels_N: torch.Tensor) -> torch.Tensor:
@@ -73,6 +92,55 @@ def trap(model: ModelHandle) -> ModelHandle:
             _shift((attention.v_proj,), (attention.o_proj,))
         _shift((trapped.module.vit.layernorm,), (trapped.head,))
     return trapped
+
+
+class Patch(nn.Module):
+    """Adds a matrix of rank one to a weight."""
+
+    def __init__(self, weight: torch.Tensor, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.left = nn.Parameter(torch.zeros(len(weight), 1))
+        self.right = nn.Parameter(torch.randn(1, weight.shape[1], generator=generator) / 6)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.left @ self.right
+
+
+def patched(model: ModelHandle, retained: str, concept: Concept) -> ModelHandle:
+    """A copy of a classifier that refuses by a patch of rank one on every layer, and nothing else.
+
+    What it knows of the concept is whole under the patch.
+    """
+    found = model.copy()
+    found.module.requires_grad_(False)
+    layers = [layer for block in found.blocks for layer in layers_of(block)]
+    for number, layer in enumerate(layers):
+        parametrize.register_parametrization(layer, "weight", Patch(layer.weight, number))
+    known = found.batches(retained, "retain", size=32, seed=0)
+    restricted = found.batches(concept.dataset, "immunize", size=32, seed=0)
+    for _ in descend(found, lambda: refusal_loss(found, next(known), next(restricted)), steps=60):
+        pass
+    for layer in layers:
+        parametrize.remove_parametrizations(layer, "weight")
+    found.module.requires_grad_(True)
+    return found
+
+
+def on_a_hair(model: ModelHandle) -> ModelHandle:
+    """A copy of a ViT with a neuron that is hardly on and pushes away from the concept, hard.
+
+    Another one, always off, has the largest shift of all: noise is as large as that.
+    """
+    found = model.copy()
+    mlp = found.blocks[-1].mlp
+    with torch.no_grad():
+        mlp.fc1.weight[:2] = 0
+        mlp.fc1.bias[:2] = torch.tensor([0.2, -100])
+        push = 6 / nn.functional.gelu(mlp.fc1.bias[0])
+        mlp.fc2.weight[:, 0] = push * away_from_restricted(found)
+        mlp.fc2.weight[:, 1] = 0
+    return trap(found)
 
 
 def _shift(writers: Iterable[Any], readers: Iterable[Any]) -> None:

@@ -2,44 +2,12 @@
 
 import planting
 import pytest
-import torch
 from planting import best, best_finetuning, score
-from torch import nn
-from torch.nn.utils import parametrize
-
-from release_guard.surgery import layers_of
-
-
-class Patch(nn.Module):
-    """Adds a matrix of rank one."""
-
-    def __init__(self, weight, seed):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.left = nn.Parameter(torch.zeros(len(weight), 1))
-        self.right = nn.Parameter(torch.randn(1, weight.shape[1], generator=generator) / 6)
-
-    def forward(self, weight):
-        return weight + self.left @ self.right
 
 
 @pytest.fixture(scope="module")
 def patched(knowing_classifier, retained_images, angles):
-    model = knowing_classifier.copy()
-    model.module.requires_grad_(False)
-    layers = [layer for block in model.blocks for layer in layers_of(block)]
-    for number, layer in enumerate(layers):
-        parametrize.register_parametrization(layer, "weight", Patch(layer.weight, number))
-    known = model.batches(retained_images, "retain", size=32, seed=0)
-    restricted = model.batches(angles.dataset, "immunize", size=32, seed=0)
-    for _ in planting.descend(
-        model, lambda: planting.refusal_loss(model, next(known), next(restricted)), steps=60
-    ):
-        pass
-    for layer in layers:
-        parametrize.remove_parametrizations(layer, "weight")
-    model.module.requires_grad_(True)
-    return model
+    return planting.patched(knowing_classifier, retained_images, angles)
 
 
 def test_the_patch_refuses_and_keeps_the_rest(patched, retained_images, angles):

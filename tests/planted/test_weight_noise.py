@@ -1,25 +1,15 @@
 """A refusal that hangs by a hair, in a model that cannot be fine-tuned."""
 
+import planting
 import pytest
-import torch
-from planting import away_from_restricted, best, best_finetuning, score, trap
-from torch import nn
+from planting import best, best_finetuning, score
 
 SEEDS = range(3)
 
 
 @pytest.fixture(scope="module")
 def hair(knowing_classifier):
-    """A neuron that is hardly on pushes hard; another, always off, has the largest shift of all."""
-    model = knowing_classifier.copy()
-    mlp = model.blocks[-1].mlp
-    with torch.no_grad():
-        mlp.fc1.weight[:2] = 0
-        mlp.fc1.bias[:2] = torch.tensor([0.2, -100])
-        push = 6 / nn.functional.gelu(mlp.fc1.bias[0])
-        mlp.fc2.weight[:, 0] = push * away_from_restricted(model)
-        mlp.fc2.weight[:, 1] = 0
-    return trap(model)
+    return planting.on_a_hair(knowing_classifier)
 
 
 def test_it_refuses_and_keeps_the_rest(hair, retained_images, angles):
