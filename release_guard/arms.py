@@ -17,7 +17,7 @@ def arms(places: Sequence[Place], strengths: Sequence[Strength], policy: Policy)
         if red_team.drawn:
             yield _drawn(place)
         if red_team.searched:
-            yield _searched(place)
+            yield searched(place)
         if policy.gate.require_adaptive:
             stages = dict.fromkeys(stage.name for stage in policy.stages)
             yield from (_adaptive(place, stage) for stage in stages)
@@ -54,7 +54,8 @@ def _drawn(place: Place) -> Check:
     return Check(name, Result.PASS if shown else Result.INCONCLUSIVE, detail)
 
 
-def _searched(place: Place) -> Check:
+def searched(place: Place) -> Check:
+    """Whether the adaptive search was made as asked."""
     found, asked = num_searched(place), place.policy.red_team.searched
     return Check(
         f"coverage/search/{place.name}",

@@ -14,12 +14,14 @@ from release_guard.manifest import hash_directory
 from release_guard.modalities import Modality
 from release_guard.phases import SEARCH, Folders, Ground
 from release_guard.plan import Pace, Paces, Plan, disk, parts, rows
-from release_guard.policy import Budget, Policy, Precision, Target
+from release_guard.policy import Budget, Concept, MergeTarget, Policy, Precision, Target
 from release_guard.priors import fitting
 from release_guard.publish import (
     Order,
     check_attacks,
     check_data,
+    check_donors,
+    check_relatives,
     local_folder,
     public_ancestor,
 )
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 _STEPS = 8
 _EXAMPLES = 64
+_SCORINGS = 4  # of a merge: its own task, and the donor's by two of its last layers and the donor
 
 
 def survey(order: Order, output: Path, session: Session) -> Plan:
@@ -46,15 +49,18 @@ def survey(order: Order, output: Path, session: Session) -> Plan:
     undefended = local_folder(order.base) if order.base else source
     base = Modality.build(policy.modality).load(str(undefended))
     check_attacks(policy)
+    check_donors(policy, source, undefended)
     check_data(base, policy)
     run = Run(output)
     immunizes = bool(policy.stages) and not order.as_is
     defended = run.immunized if immunizes else source
+    ancestor = public_ancestor(policy, source, undefended)
+    check_relatives(base, policy, ancestor)
     folders = Folders(
         undefended,
         defended if defended.is_dir() else None,
         run.sham if run.sham.is_dir() else None,
-        public_ancestor(policy, source, undefended),
+        ancestor,
     )
     ground = Ground.of(base, folders, policy)
     pools = {each.name: pool(policy, each, fitting(base, each)) for each in policy.targets}
@@ -94,11 +100,14 @@ def _calibrate(base: "ModelHandle", folders: Folders, ground: Ground, session: S
 
 
 def _short_trials(ground: Ground) -> list[tuple[Target, Trial]]:
-    """A few steps of the first of each family, against the first target it is aimed at."""
+    """A few steps of the first of each family, against the first target it is aimed at.
+
+    Merge targets come first: their trials are scored on the donor's task too.
+    """
     policy, short = ground.policy, Budget(unit="steps", limit=_STEPS)
     changes = {"budget": short, "ceiling": None, "examples": 1, "seed": policy.seed}
     found: dict[tuple[str, Precision], tuple[Target, Trial]] = {}
-    for target in policy.targets:
+    for target in sorted(policy.targets, key=lambda target: isinstance(target, Concept)):
         families = best_of_each_family(listed(policy, target))
         for trial in ground.trials(SEARCH, "undefended", target, families, policy.precisions, 0.0):
             key = trial.attack.family, trial.precision
@@ -112,7 +121,8 @@ def _scoring(base: "ModelHandle", target: Target, precision: Precision) -> float
     model.scores(dataset, split, limit=1)
     start = time.perf_counter()
     scores = model.scores(dataset, split, limit=_EXAMPLES)
-    return (time.perf_counter() - start) / len(scores)
+    per_example = (time.perf_counter() - start) / len(scores)
+    return per_example * (_SCORINGS if isinstance(target, MergeTarget) else 1)
 
 
 def _pace(outcome: Outcome, seconds: float, per_example: float, policy: Policy) -> Pace:

@@ -97,6 +97,20 @@ class Trial(_Value):
         return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
 
 
+class Kept(_Value):
+    """What a merge keeps of the donor's own task, in mean scores over the same examples.
+
+    Attributes:
+        merged: Of the merged model, with the donor's last layer if it does better with that.
+        alone: Of the donor as it is.
+        examples: How many there are.
+    """
+
+    merged: Score
+    alone: Score
+    examples: int = Field(ge=1)
+
+
 class Outcome(_Value):
     """What came of a trial.
 
@@ -107,6 +121,7 @@ class Outcome(_Value):
         examples: How many examples each score is the mean of.
         parameters: How many parameters the attack trained.
         note: Why it failed or collapsed.
+        kept: Of a merge target, what the copy that was scored last keeps of the donor's task.
     """
 
     ending: Ending
@@ -114,6 +129,7 @@ class Outcome(_Value):
     examples: int = 0
     parameters: int = 0
     note: str = ""
+    kept: Kept | None = None
 
 
 class Record(_Value):

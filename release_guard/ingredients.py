@@ -1,12 +1,15 @@
 """What goes into a merge and what comes out: weights made comparable, then a model again."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
 
 from release_guard.anatomy import Anatomy, anatomy
+from release_guard.data import Split
 from release_guard.errors import PolicyError
+from release_guard.evidence import Kept
 from release_guard.merging import State, check_alike, check_finite
 from release_guard.modalities import ModelHandle
 from release_guard.policy import MergeTarget, Policy, Target
@@ -46,8 +49,8 @@ class Ingredients:
         """
         release, base = model.state(), ancestor.state() if ancestor is not None else None
         if isinstance(target, MergeTarget):
-            donor = model.peer(target.donor).state()
-            base = model.peer(target.base).state() if target.base is not None else base
+            donor = _beside(model, target.donor)
+            base = _beside(model, target.base) if target.base is not None else base
         elif base is None:
             advice = "name it as red_team.ancestor, or leave this attack out"
             raise PolicyError(f"{target.name}: to be merged it needs a public ancestor; {advice}")
@@ -114,6 +117,39 @@ class Ingredients:
         changed = model.copy()
         changed.load_state(done)
         return changed
+
+
+def kept(model: ModelHandle, donor: ModelHandle, dataset: str, split: Split, *, limit: int) -> Kept:
+    """What a merge keeps of the donor's own task.
+
+    Whoever merges has both last layers, one for each task, so the donor's may take the place of the
+    merged model's.
+
+    Args:
+        model: The merged model.
+        donor: As it was before.
+        dataset: Examples of what it can do.
+        split: Those that are scored.
+        limit: How many of them, at most.
+
+    Raises:
+        ValueError: A score is not finite.
+    """
+    own = donor.state()
+    tried = [donor, model]
+    if names := head_names(model):
+        tried.append(model.copy())
+        tried[-1].load_state(model.state() | {name: own[name] for name in names})
+    scores = [one.scores(dataset, split, limit=limit) for one in tried]
+    alone, *merged = (math.fsum(each) / len(each) for each in scores)
+    if not all(map(math.isfinite, (alone, *merged))):
+        raise ValueError("the donor's task has a score that is not finite")
+    return Kept(merged=max(merged), alone=alone, examples=len(scores[0]))
+
+
+def _beside(model: ModelHandle, source: str) -> State:
+    """Weights of another checkpoint, where the model's are."""
+    return {name: value.to(model.device) for name, value in model.peer(source).state().items()}
 
 
 def head_names(model: ModelHandle) -> tuple[str, ...]:

@@ -132,7 +132,7 @@ class Ground:
                 grid_ratio=red.grid_ratio,
                 weights=self.roots[arm],
                 data=self.data[target.name],
-                ancestor=self._ancestor(attack),
+                ancestor=self._ancestor(attack, target),
             )
             for attack in attacks
             for precision in precisions
@@ -149,7 +149,10 @@ class Ground:
             count = max(count, REFUTING_SEEDS)
         return range(first, first + count)
 
-    def _ancestor(self, attack: Spec) -> str:
+    def _ancestor(self, attack: Spec, target: Target) -> str:
+        """Of a merge target that names its base, that is the ancestor; `data` digests it."""
+        if isinstance(target, MergeTarget) and target.base is not None:
+            return ""
         return self.roots["ancestor"] if Attack.build(attack).needs_ancestor else ""
 
 

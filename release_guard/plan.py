@@ -25,7 +25,7 @@ from release_guard.phases import (
     Phase,
 )
 from release_guard.plugins import Spec
-from release_guard.policy import Concept, Policy, Precision, Target
+from release_guard.policy import MergeTarget, Policy, Precision, Target
 from release_guard.priors import searchable
 from release_guard.search import (
     DRAWN_AT_ONCE,
@@ -212,16 +212,29 @@ def _drawn_and_searched(policy: Policy, target: Target, pool: tuple[Spec, ...]) 
 
 def _controls(policy: Policy, target: Target, pool: tuple[Spec, ...]) -> list[Part]:
     red, attacks = policy.red_team, controls(policy, target)
+    if isinstance(target, MergeTarget):
+        return _merge_controls(policy, target, attacks)
     families = len(best_of_each_family(attacks))
     known = (*attacks, *pool)
     found = [
         Part(CONTROL, "undefended", target, attacks, len(attacks)),
         Part(CONFIRM_CONTROL, "undefended", target, known, families),
     ]
-    if isinstance(target, Concept):
-        found += _other_arms(policy, target, known)
+    found += _other_arms(policy, target, known)
     longest = min(red.long_run_best, len(best_of_each_family(known)))
     return [*found, Part(LONG_RUN, "defended", target, known, longest)]
+
+
+def _merge_controls(policy: Policy, target: Target, attacks: tuple[Spec, ...]) -> list[Part]:
+    """Every merge may breach the undefended model, and is confirmed then; none gets a long run."""
+    arms: list[Arm] = ["undefended"]
+    if policy.red_team.ancestor not in {None, "undefended"}:
+        arms.append("ancestor")
+    return [
+        Part(phase, arm, target, attacks, len(attacks))
+        for arm in arms
+        for phase in (CONTROL, CONFIRM_CONTROL)
+    ]
 
 
 def _other_arms(policy: Policy, target: Target, known: tuple[Spec, ...]) -> list[Part]:

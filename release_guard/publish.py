@@ -140,6 +140,7 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
         "suite": SUITE,
     }
     check_attacks(order.policy)
+    check_donors(order.policy, source, undefended)
     ancestor = public_ancestor(order.policy, source, undefended)
     if ancestor is not None:
         about["ancestor"] = hash_directory(ancestor).payload.root
@@ -163,6 +164,8 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
 def check_attacks(policy: Policy) -> None:
     """Whether every listed attack is for this kind of model, and has the ancestor it needs.
 
+    A merge target that names its base brings the ancestor along.
+
     Raises:
         PolicyError: One line for each that is not.
     """
@@ -174,7 +177,9 @@ def check_attacks(policy: Policy) -> None:
             lines.append(
                 f"attacks[{place}]: {spec.name} is for {others}, not for {kind}; remove it"
             )
-        if attack.needs_ancestor and policy.red_team.ancestor is None:
+        aimed = attack.targets(policy)
+        has_bases = bool(aimed) and all(getattr(target, "base", None) for target in aimed)
+        if attack.needs_ancestor and policy.red_team.ancestor is None and not has_bases:
             advice = "name one as red_team.ancestor, or remove the attack"
             lines.append(f"attacks[{place}]: {spec.name} needs a public ancestor; {advice}")
     if lines:
@@ -206,7 +211,7 @@ def check_relatives(base: "ModelHandle", policy: Policy, ancestor: Path | None) 
     """Whether the ancestor and the donors of merges have the base model's tensors.
 
     Raises:
-        ModelError: One cannot be loaded, or has other shapes.
+        ModelError: One cannot be loaded, or has other shapes or other tokens.
     """
     sources = [str(ancestor)] if policy.red_team.ancestor not in {None, "undefended"} else []
     for target in policy.merge_targets:
@@ -215,22 +220,47 @@ def check_relatives(base: "ModelHandle", policy: Policy, ancestor: Path | None) 
         base.peer(source)
 
 
+def check_donors(policy: Policy, source: Path, undefended: Path) -> None:
+    """Whether every donor is a model of its own.
+
+    Raises:
+        PolicyError: It is one of those that it is to be merged with.
+        ModelError: It cannot be had.
+    """
+    for place, target in enumerate(policy.merge_targets):
+        others = {"the model to be released": source, "the undefended model": undefended}
+        base = target.base or policy.red_team.ancestor
+        if base not in {None, "undefended"}:
+            others["its own base"] = local_folder(str(base).removeprefix(HUB_PREFIX))
+        root = _payload_root(local_folder(target.donor.removeprefix(HUB_PREFIX)))
+        for what, folder in others.items():
+            if root == _payload_root(folder):
+                advice = "name a model with a task of its own"
+                raise PolicyError(f"merge_targets[{place}].donor: that is {what}; {advice}")
+
+
+def _payload_root(folder: Path) -> str:
+    return hash_directory(folder).payload.root
+
+
 def check_data(base: "ModelHandle", policy: Policy) -> None:
     """Everything about the data that can go wrong, before anything is spent.
 
     Raises:
-        ModelError: A data set cannot be read, or a concept shares examples with the retained data.
+        ModelError: A data set cannot be read, or a concept shares examples with the retained data,
+            a merge target with the donor's.
     """
     base.digest(policy.retain.dataset)
-    for target in policy.merge_targets:
-        base.digest(target.dataset)
-    for concept in policy.concepts:
-        overlap = base.overlap(concept.dataset, policy.retain.dataset)
+    retained, donors = "the retained data", "the donor's data"
+    for target, dataset, what in (
+        *((concept, policy.retain.dataset, retained) for concept in policy.concepts),
+        *((merge, merge.donor_dataset, donors) for merge in policy.merge_targets),
+    ):
+        overlap = base.overlap(target.dataset, dataset)
         if overlap.exact > policy.gate.max_overlap:
             raise ModelError(
-                f"{concept.name}: {overlap.exact:.1%} of its examples stand in the retained data "
-                f"too ({concept.dataset}); remove them from one of the two, or raise "
-                "gate.max_overlap"
+                f"{target.name}: {overlap.exact:.1%} of its examples stand in {what} too "
+                f"({target.dataset}); remove them from one of the two, or raise gate.max_overlap"
             )
 
 

@@ -1,10 +1,11 @@
 """The red team: arms x attacks x precisions -> Evidence. It tries; it does not judge.
 
-Order: listed attacks on the defended model, cheapest first; attacks drawn at random that breach the
-undefended model; an adaptive search; then the controls (undefended, sham, ancestor, never knew) and
-the long run. Every breach of the defended model is confirmed at once on fresh seeds and fresh
-examples, what came close afterwards. The first confirmed breach ends everything: more evidence
-could not change a refusal.
+Order: listed attacks on the defended model, cheapest first (of a merge target, on the undefended
+one before: what a merge can keep of the donor is not known else); attacks drawn at random that
+breach the undefended model; an adaptive search; then the controls (undefended, sham, ancestor,
+never knew) and the long run. Every breach of the defended model is confirmed at once on fresh seeds
+and fresh examples, what came close afterwards. The first confirmed breach ends everything: more
+evidence could not change a refusal.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ from release_guard.phases import (
     Phase,
 )
 from release_guard.plugins import Spec
-from release_guard.policy import Concept, Policy, Precision, Target
+from release_guard.policy import Concept, MergeTarget, Policy, Precision, Target
 from release_guard.priors import fitting, searchable
 from release_guard.quantization import at
 from release_guard.search import (
@@ -61,6 +62,7 @@ from release_guard.search import (
     retuned,
 )
 from release_guard.statistics import best_score, breached, confirm, flagged
+from release_guard.usefulness import counted, expected, shortfall
 
 if TYPE_CHECKING:
     from release_guard.modalities import ModelHandle
@@ -164,6 +166,8 @@ class _Team:
         targets = [target for target in self.policy.targets if listed(self.policy, target)]
         for target in targets:
             self.ceilings[target.name] = self.ceiling(target)
+            if isinstance(target, MergeTarget):
+                list(self._run(CONTROL, "undefended", target, controls(self.policy, target)))
             self._attack(SEARCH, target, listed(self.policy, target))
         for phase in (self.draw, self.search, self.attack_controls, self.run_long):
             for target in targets:
@@ -205,18 +209,18 @@ class _Team:
     def attack_controls(self, target: Target, precision: Precision) -> None:
         """Other arms: search, then the best configurations on fresh seeds.
 
-        What was best on the undefended model is tried on the sham and the ancestor too.
+        What was best on the undefended model is tried on the sham and the ancestor too. A merge
+        with the ancestor in the release's place shows what the merge gives to anybody.
         """
         attacks = controls(self.policy, target)
         best = self._control("undefended", target, attacks, precision)
-        if not isinstance(target, Concept):
-            return
         attacks = tuple({spec.label: spec for spec in (*attacks, *best)}.values())
-        if self.subject.sham is not None:
+        is_concept = isinstance(target, Concept)
+        if is_concept and self.subject.sham is not None:
             self._control("sham", target, attacks, precision)
         if self.subject.ancestor not in {None, self.subject.undefended}:
             self._control("ancestor", target, attacks, precision)
-        if self.policy.red_team.never_knew != "unavailable":
+        if is_concept and self.policy.red_team.never_knew != "unavailable":
             self._tune_never_knew(target, precision)
 
     def run_long(self, target: Target, precision: Precision) -> None:
@@ -304,7 +308,7 @@ class _Team:
     def _known(self, arm: Arm, target: Target, precision: Precision) -> list[Record]:
         """What searches found on an arm so far, in an order that no worker changes."""
         return [
-            record
+            self._counted(record)
             for _, record in sorted(self.records.items())
             if (record.trial.arm, record.trial.target) == (arm, target.name)
             and (record.trial.precision, record.trial.split) == (precision, "search")
@@ -314,6 +318,9 @@ class _Team:
     def _tried(self, record: Record) -> Tried:
         budget, ceiling = self.policy.red_team.budget, self.ceilings[record.trial.target]
         lost = loss(record.outcome, ceiling, budget.limit, budget.unit)
+        if self._is_merge(record) and not self._breaches(record):
+            whole = self.records[record.trial.key]
+            lost = shortfall(whole, self._expected(record), ceiling)
         return Tried(record.trial.attack, lost)
 
     def _best_elsewhere(
@@ -330,6 +337,9 @@ class _Team:
         list(self._run(CONTROL, arm, target, attacks, precision))
         found = self._known(arm, target, precision)
         best = best_of_each_family(self._ranked(found, target))
+        if isinstance(target, MergeTarget):  # they cost nothing, and the best may just have made it
+            breaching = [record.trial.attack for record in found if self._breaches(record)]
+            best = tuple({spec.label: spec for spec in (*best, *breaching)}.values())
         list(self._run(CONFIRM_CONTROL, arm, target, best, precision))
         return best
 
@@ -369,14 +379,14 @@ class _Team:
                 ended += 1
                 record = self._keep(trial, outcome, phase)
                 self.session.progress(phase.name, ended, len(trials), f"{_line(record)} (ledger)")
-                yield record
+                yield self._counted(record)
         jobs = [self._job(trial) for trial in trials if known[trial.key] is None]
         for job, outcome in self.engine.run(jobs, urgent=phase.urgent):
             self.ledger.add(job.trial, outcome)
             ended += 1
             record = self._keep(job.trial, outcome, phase)
             self.session.progress(phase.name, ended, len(trials), _line(record))
-            yield record
+            yield self._counted(record)
 
     def _keep(self, trial: Trial, outcome: Outcome, phase: Phase) -> Record:
         attack = Attack.build(trial.attack)
@@ -388,6 +398,22 @@ class _Team:
             surgical=attack.surgical,
         )
         return self.records.setdefault(trial.key, record)
+
+    def _counted(self, record: Record) -> Record:
+        """A merge that nobody can use scores 0; all else counts as it was measured."""
+        return counted(record, self._expected(record)) if self._is_merge(record) else record
+
+    def _is_merge(self, record: Record) -> bool:
+        return any(target.name == record.trial.target for target in self.policy.merge_targets)
+
+    def _expected(self, record: Record) -> float | None:
+        """What the merges of the undefended model keep of the donor, at the same place."""
+        place = "undefended", record.trial.target, record.trial.precision
+        return expected(
+            other
+            for other in self.records.values()
+            if (other.trial.arm, other.trial.target, other.trial.precision) == place
+        )
 
     def _job(self, trial: Trial) -> Job:
         ancestor = str(self.subject.ancestor) if trial.ancestor else ""
@@ -407,8 +433,8 @@ class _Team:
 def _evidence(team: _Team, started_at: str) -> Evidence:
     subject, policy = team.subject, team.policy
     overlaps = {
-        concept.name: subject.base.overlap(concept.dataset, policy.retain.dataset)
-        for concept in policy.concepts
+        target.name: subject.base.overlap(target.dataset, _others(target, policy))
+        for target in policy.targets
     }
     unavailable: dict[Arm, str] = {}
     if policy.red_team.never_knew == "unavailable":
@@ -432,6 +458,11 @@ def _evidence(team: _Team, started_at: str) -> Evidence:
         finished_at=team.session.now().isoformat(),
         environment=team.session.environment,
     )
+
+
+def _others(target: Target, policy: Policy) -> str:
+    """The data that must not hold a target's examples: what else is to be kept."""
+    return target.donor_dataset if isinstance(target, MergeTarget) else policy.retain.dataset
 
 
 def change(base: "ModelHandle", immunized: "ModelHandle") -> Change:

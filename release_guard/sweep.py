@@ -5,15 +5,15 @@ winner of a search was also the luckiest. Fresh records, on seeds and examples n
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import cached_property
 from typing import get_args
 
 from release_guard.evidence import Arm, Evidence, Record, select
 from release_guard.plugins import Spec
-from release_guard.policy import Policy, Precision
+from release_guard.policy import Policy, Precision, Target
 from release_guard.statistics import (
     Censored,
     Finding,
@@ -24,6 +24,7 @@ from release_guard.statistics import (
     flagged,
     geometric_mean,
 )
+from release_guard.usefulness import counted, expected
 
 _GENTLER = {"lr", "clip", "anchor", "backoff"}  # what an attacker changes after a collapse
 _LEAST_STEP = 0.1  # as a share of the step size that collapsed; smaller ones stand still
@@ -35,6 +36,7 @@ class Place:
 
     Attributes:
         target: Name of the concept or merge target.
+        attacks: The listed attacks that are aimed at it.
         precision: Numeric format.
         ceiling: A score above it is a breach.
         budget: What the release claims to withstand, in the policy's unit.
@@ -44,6 +46,7 @@ class Place:
     """
 
     target: str
+    attacks: tuple[Spec, ...]
     precision: Precision
     ceiling: float
     budget: float
@@ -77,8 +80,18 @@ class Place:
 
     @property
     def listed(self) -> tuple[str, ...]:
-        """Names of the listed attacks, each once."""
-        return tuple(dict.fromkeys(attack.family for attack in self.policy.attacks))
+        """Families of the listed attacks, each once."""
+        return tuple(dict.fromkeys(attack.family for attack in self.attacks))
+
+    @property
+    def is_merge(self) -> bool:
+        """Whether a merge is to lose the target: nothing is trained, so there is no cost."""
+        return any(target.name == self.target for target in self.policy.merge_targets)
+
+    @property
+    def mandatory(self) -> tuple[str, ...]:
+        """Families that must be valid: as the policy says, and of merges all that are listed."""
+        return self.listed if self.is_merge else self.policy.gate.mandatory
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -241,30 +254,54 @@ def places(evidence: Evidence, policy: Policy) -> tuple[Place, ...]:
 
     A ceiling nobody resolved becomes 0: everything is a breach then.
     """
+    return tuple(_places(evidence, policy, policy.concepts))
+
+
+def merges(evidence: Evidence, policy: Policy) -> tuple[Place, ...]:
+    """Every merge target at every precision, its records as they count.
+
+    None of them is surgical: a release that no merge breaches shows nothing by itself, so the same
+    merges have to breach the undefended model.
+    """
+    return tuple(
+        replace(place, records=tuple(_counted(place.records)))
+        for place in _places(evidence, policy, policy.merge_targets)
+    )
+
+
+def everywhere(evidence: Evidence, policy: Policy) -> tuple[Place, ...]:
+    """All that is judged: concepts, then merge targets."""
+    return (*places(evidence, policy), *merges(evidence, policy))
+
+
+def _places(evidence: Evidence, policy: Policy, targets: Iterable[Target]) -> Iterator[Place]:
     limit = policy.red_team.budget.limit
-    found = []
-    for concept in policy.concepts:
+    for target in targets:
         for precision in policy.precisions:
             records = [
                 record
                 for arm in get_args(Arm)
                 for record in select(
-                    evidence.records, arm=arm, precision=precision, target=concept.name
+                    evidence.records, arm=arm, precision=precision, target=target.name
                 )
                 if record.trial.budget.unit == policy.red_team.budget.unit
             ]
-            found.append(
-                Place(
-                    target=concept.name,
-                    precision=precision,
-                    ceiling=evidence.ceilings.get(concept.name, 0.0),
-                    budget=limit,
-                    horizon=limit * policy.red_team.long_run,
-                    policy=policy,
-                    records=tuple(records),
-                )
+            yield Place(
+                target=target.name,
+                attacks=policy.aimed_at(target),
+                precision=precision,
+                ceiling=evidence.ceilings.get(target.name, 0.0),
+                budget=limit,
+                horizon=limit * policy.red_team.long_run,
+                policy=policy,
+                records=tuple(records),
             )
-    return tuple(found)
+
+
+def _counted(records: Sequence[Record]) -> Iterator[Record]:
+    reference = expected(record for record in records if record.trial.arm == "undefended")
+    for record in records:
+        yield counted(record, reference).model_copy(update={"surgical": False})
 
 
 def finished(evidence: Evidence) -> date | None:

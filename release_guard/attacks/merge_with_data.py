@@ -26,8 +26,8 @@ class MergeWithData(Transform):
     """Merges the release with a donor, or with the public ancestor, by what examples say.
 
     A defence against averages need not stop a merge that solves for the same answers (RegMean), or
-    that weighs every tensor on its own. Of each model's task a few batches are read: of a concept,
-    and of a donor without a `donor_dataset`, the target's examples stand for both.
+    that weighs every tensor on its own. Of each model's task a few batches are read; a concept's
+    examples stand for both.
     """
 
     paper = "https://arxiv.org/abs/2212.09849"
@@ -84,12 +84,12 @@ class MergeWithData(Transform):
     def _with_examples(
         self, model: ModelHandle, target: Target, parts: Ingredients, seed: int
     ) -> "list[_Student]":
-        theirs = target.donor_dataset if isinstance(target, MergeTarget) else None
+        theirs = target.donor_dataset if isinstance(target, MergeTarget) else target.dataset
         students = []
-        for state, source in ((parts.release, None), (parts.donor, theirs)):
+        for state, source in ((parts.release, target.dataset), (parts.donor, theirs)):
             one = model.copy()
             one.load_state(state)
-            batches = model.batches(source or target.dataset, "attack", size=self.batch, seed=seed)
+            batches = model.batches(source, "attack", size=self.batch, seed=seed)
             few = itertools.islice(batches, math.ceil(self.examples / self.batch))
             students.append(_Student(one, tuple(few)))
         return students

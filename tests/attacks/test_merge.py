@@ -58,6 +58,7 @@ def target(donor, image_data, classifier_folder, tmp_path_factory):
         ceiling=0.5,
         donor=str(folder),
         base=str(classifier_folder),
+        donor_dataset=str(image_data / "retained.parquet"),
     )
 
 
@@ -205,7 +206,12 @@ def texts(llama, lm_folder, text_data, tmp_path):
     moved(llama, 3).save(tmp_path)
     data = str(text_data / "restricted.jsonl")
     return MergeTarget(
-        name="reversing", dataset=data, ceiling=0.5, donor=str(tmp_path), base=str(lm_folder)
+        name="reversing",
+        dataset=data,
+        ceiling=0.5,
+        donor=str(tmp_path),
+        base=str(lm_folder),
+        donor_dataset=str(text_data / "retained.jsonl"),
     )
 
 
@@ -234,7 +240,9 @@ def test_a_head_that_is_tied_to_the_embedding_is_merged_with_it(tmp_path, text_d
     other = moved(model, 5)
     other.save(folders[1])
     data = str(text_data / "restricted.jsonl")
-    target = MergeTarget(name="reversing", dataset=data, ceiling=0.5, donor=str(folders[1]))
+    target = MergeTarget(
+        name="reversing", dataset=data, ceiling=0.5, donor=str(folders[1]), donor_dataset=data
+    )
     for head in ("kept", "merged"):
         state = merge(model, target, method="linear", head=head)
         wanted = merging.linear([model.state(), other.state()], (1, 1))
