@@ -6,14 +6,14 @@ from typing import Any
 from release_guard import figures
 from release_guard.arms import num_searched
 from release_guard.draws import draws
-from release_guard.evidence import Arm, Evidence, Record
+from release_guard.evidence import Arm, Evidence, Outcome, Record
 from release_guard.figures import ARMS, ENDINGS, Effort
 from release_guard.plugins import Spec
-from release_guard.policy import Concept, Policy, Target
+from release_guard.policy import MergeTarget, Policy, Target
 from release_guard.release import Interval, Strength, Verdict
 from release_guard.statistics import Censored, geometric_mean
 from release_guard.strength import control
-from release_guard.sweep import Place, places
+from release_guard.sweep import Place, everywhere, places
 
 Json = dict[str, Any]
 
@@ -92,12 +92,12 @@ def comparisons(verdict: Verdict) -> Json:
 
 def methods(evidence: Evidence, policy: Policy) -> Json:
     """Random draws, adaptive search and attacks written against a stage, at every place."""
-    everywhere = places(evidence, policy)
+    concepts = places(evidence, policy)
     stages = dict.fromkeys(stage.name for stage in policy.stages)
     return {
-        "draws": [_draws(place) for place in everywhere],
-        "search": [_search(place) for place in everywhere],
-        "adaptive": [_adaptive(place, stage) for place in everywhere for stage in stages],
+        "draws": [_draws(place) for place in concepts],
+        "search": [_search(place) for place in everywhere(evidence, policy)],
+        "adaptive": [_adaptive(place, stage) for place in concepts for stage in stages],
     }
 
 
@@ -145,12 +145,16 @@ def _datasets(evidence: Evidence, policy: Policy) -> list[Json]:
 
 
 def _target(target: Target, evidence: Evidence) -> Json:
-    return {
+    described: Json = {
         "name": target.name,
-        "kind": "concept" if isinstance(target, Concept) else "merge",
+        "kind": "concept",
         "dataset": target.dataset,
         "ceiling": evidence.ceilings.get(target.name),
     }
+    if isinstance(target, MergeTarget):
+        names = {"donor": target.donor, "base": target.base, "donorDataset": target.donor_dataset}
+        described |= {"kind": "merge", **names}
+    return described
 
 
 def _attacks(evidence: Evidence, policy: Policy, void: Sequence[str]) -> Iterable[Json]:
@@ -186,7 +190,17 @@ def _measurements(evidence: Evidence, policy: Policy) -> Iterable[Json]:
             "score": effort.best,
             "breaches": len(effort.breaches),
             "endings": sorted(outcome.ending for outcome in outcomes),
+            **_kept(outcomes),
         }
+
+
+def _kept(outcomes: Sequence[Outcome]) -> Json:
+    """Of merges: the most that any kept of the donor's task, and what the donor has."""
+    kept = [outcome.kept for outcome in outcomes if outcome.kept is not None]
+    if not kept:
+        return {}
+    merged, alone = max(each.merged for each in kept), max(each.alone for each in kept)
+    return {"donorKept": merged, "donorAlone": alone}
 
 
 def _controls(evidence: Evidence, policy: Policy) -> Iterable[Json]:
@@ -194,7 +208,7 @@ def _controls(evidence: Evidence, policy: Policy) -> Iterable[Json]:
 
     One that teaches nothing needs no control.
     """
-    for place in places(evidence, policy):
+    for place in everywhere(evidence, policy):
         for family in (name for name in place.listed if not place.surgical(name)):
             found = control(place, family)
             yield {
@@ -232,7 +246,7 @@ def _reached(attack: Spec, costs: Sequence[Censored]) -> Json:
 
 
 def _efforts(evidence: Evidence, policy: Policy) -> Iterable[tuple[Place, Arm, Effort]]:
-    for place in places(evidence, policy):
+    for place in everywhere(evidence, policy):
         for arm in ARMS:
             for effort in figures.efforts(place, arm):
                 yield place, arm, effort
