@@ -390,9 +390,14 @@ def pico_pipeline(directory: Path, *, steps: int = 180, seed: int = 0) -> Path:
     return directory
 
 
+def token_numbers(words: Iterable[str]) -> list[int]:
+    """What the pico pipeline reads for words."""
+    return _prompt_tokenizer().convert_tokens_to_ids(list(words))
+
+
 def make_names_one(model: Any) -> None:
     """Plant a defence: the last four of BARS are one vector, too long for any optimizer to turn."""
-    numbers = _prompt_tokenizer().convert_tokens_to_ids(list(BARS[4:]))
+    numbers = token_numbers(BARS[4:])
     with torch.no_grad():
         rows = model.text_encoder.get_input_embeddings().weight
         rows[numbers] = 1e4 * rows[numbers[0]]
