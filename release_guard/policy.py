@@ -135,7 +135,8 @@ class RedTeam(_Value):
     search_seeds: Annotated[int, Field(ge=1)]
     """Seeds of every listed attack in the search phase."""
     confirm_seeds: Annotated[int, Field(ge=1)]
-    """Fresh seeds that re-run the best attack of each arm; 3 are the least that bound a ratio."""
+    """Fresh seeds that re-run the best attack of each arm; 3 are the least that bound a ratio. On
+    the defended model there are 5 at least: fewer refute nothing."""
     long_run: Annotated[float, Field(ge=1)]
     """Undefended and never-knew models, and the best attacks on the defended one, run to this
     multiple of the budget."""
@@ -212,7 +213,7 @@ class Policy(_Value):
     schema_version: Literal[1] = 1
     """Version of this file format."""
     modality: PluginSpec
-    """What kind of model: image_classification or causal_lm, with its column names."""
+    """What kind of model: causal_lm, image_classification or text_to_image, with its options."""
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1), AfterValidator(_unique)] = (
         "fp32",
     )

@@ -1,6 +1,7 @@
 """The policies that ship: what they try, and that all of it can be tried."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -137,6 +138,20 @@ def test_strict_has_the_ancestor_and_every_precision() -> None:
     methods = [each["method"] for name in ("merge", "merge_with_data")
                for each in options(strict, name)]  # fmt: skip
     assert len(set(methods)) == 10
+
+
+def test_what_default_leaves_out_can_be_put_in(tmp_path: Path) -> None:
+    text = (ROOT / "policies" / "default.toml").read_text()
+    line = re.compile(r"^( *)# (\{ name = |\[\[|\w+ = (?!\{))", re.MULTILINE)
+    path = tmp_path / "policy.toml"
+    path.write_text(line.sub(r"\1\2", text))
+    default, whole = load("default"), Policy.load(path)
+    check_plugins(whole)
+    check_attacks(whole)
+    assert len(whole.attacks) > len(default.attacks)
+    assert whole.merge_targets
+    asked = whole.red_team.model_copy(update={"ancestor": None})
+    assert asked == default.red_team  # what it says of the profile is so
 
 
 def test_the_demo_stays_as_cheap_as_it_was() -> None:
