@@ -194,7 +194,9 @@ def _rest(policy: Policy, concepts: Sequence[Place]) -> Iterator[str]:
 
 def _steps(places: Iterable[Place]) -> set[str]:
     """Names of all attacks listed for some places, or tried there, alone or in a chain."""
-    return {step for place in places for family in place.families for step in family.split(">")}
+    families = {family for place in places for family in place.families}
+    chained = {"chain"} if any(">" in family for family in families) else set()
+    return {step for family in families for step in family.split(">")} | chained
 
 
 def _unmerged(place: Place) -> Iterator[str]:

@@ -4,7 +4,7 @@ A trial's curve rises with the square root of its cost and crosses the ceiling j
 `btb(...)`, in the policy's unit. Nothing is trained; building takes milliseconds.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from release_guard.evidence import (
     Cost,
     Ending,
     Evidence,
+    Kept,
     Origin,
     Outcome,
     Point,
@@ -89,6 +90,33 @@ ARMS = (
     ("kappa = 5.0", "kappa = 5.0\nrequire_adaptive = true"),
 )
 """Changes of the policy above that ask for every arm there is."""
+
+
+MERGED = (
+    (
+        "[red_team]",
+        """[[merge_targets]]
+name = "maths"
+dataset = "maths.parquet"
+ceiling = 0.5
+donor = "donor"
+base = "base"
+donor_dataset = "poems.parquet"
+
+[red_team]""",
+    ),
+    (
+        '  { name = "linear_probe" },\n',
+        """  { name = "linear_probe" },
+  { name = "merge", method = "linear" },
+  { name = "merge", method = "ties" },
+  { name = "chain", steps = [{ name = "prune" }, { name = "merge_with_data" }] },
+""",
+    ),
+)
+"""Changes of the policy above that add a merge target and attacks on it."""
+KEPT = Kept(merged=0.8, alone=0.85, examples=500)
+"""What a made-up merge keeps of the donor's task: enough."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +294,9 @@ def _grid(limit: float, ratio: float) -> list[int]:
 
 
 def _records(policy: Policy, btb: Btb) -> Iterable[Record]:
+    for merge in policy.merge_targets:
+        for precision in policy.precisions:
+            yield from _merged(policy, btb, merge, precision)
     for target in policy.concepts:
         for precision in policy.precisions:
             yield from _searched(policy, btb, target.name, precision)
@@ -274,8 +305,41 @@ def _records(policy: Policy, btb: Btb) -> Iterable[Record]:
             yield from _adapted(policy, btb, target.name, precision)
 
 
+def _merged(policy: Policy, btb: Btb, target: Target, precision: Precision) -> Iterable[Record]:
+    """Every listed merge of both models, found by a search and then on fresh seeds."""
+    count = policy.red_team.confirm_seeds
+    for attack in policy.aimed_at(target):
+        for seed in range(policy.seed, policy.seed + policy.red_team.search_seeds):
+            for arm in ("undefended", "defended"):
+                asked = Asked(arm, attack, target.name, precision, seed, "search")
+                yield merge_record(policy, asked, btb(asked), "listed")
+        for arm, seeds in (("undefended", count), ("defended", max(count, REFUTING_SEEDS))):
+            for seed in range(policy.seed + FRESH, policy.seed + FRESH + seeds):
+                asked = Asked(arm, attack, target.name, precision, seed, "confirm")
+                yield merge_record(policy, asked, btb(asked), "confirming")
+    for number in range(policy.red_team.searched):
+        attack = Spec.model_validate({"name": "merge", "weight": 0.1 * (number + 1)})
+        asked = Asked("defended", attack, target.name, precision, policy.seed + 90_000, "search")
+        yield merge_record(policy, asked, btb(asked), "searched")
+
+
+def merge_record(policy: Policy, asked: Asked, btb: float, origin: Origin) -> Record:
+    """A merge takes no step: one score, above the ceiling if `btb` lies below the budget."""
+    stops = asked.arm == "undefended" or asked.split == "search"
+    whole = record(policy, asked, btb, origin, stops=stops, long=asked.arm == "undefended")
+    limit = policy.red_team.budget.limit
+    ceiling = ceiling_of(next(each for each in policy.targets if each.name == asked.target))
+    point = Point(
+        cost=Cost(steps=0, samples=0, flops=0, seconds=0.1),
+        score=min(0.99, ceiling * (limit / btb) ** 0.5),
+    )
+    update = {"curve": (point,), "ending": "survived", "kept": KEPT}
+    outcome = whole.outcome.model_copy(update=update)
+    return whole.model_copy(update={"outcome": outcome, "surgical": True})
+
+
 def _searched(policy: Policy, btb: Btb, target: str, precision: Precision) -> Iterable[Record]:
-    for attack in policy.attacks:
+    for attack in _aimed(policy):
         for seed in range(policy.seed, policy.seed + policy.red_team.search_seeds):
             for arm in ("defended", *_controls(policy)):
                 asked = Asked(arm, attack, target, precision, seed, "search")
@@ -287,7 +351,7 @@ def _searched(policy: Policy, btb: Btb, target: str, precision: Precision) -> It
 
 
 def _confirmed(policy: Policy, btb: Btb, target: str, precision: Precision) -> Iterable[Record]:
-    families = {attack.name: attack for attack in reversed(policy.attacks)}
+    families = {attack.name: attack for attack in reversed(_aimed(policy))}
     for arm in _controls(policy):
         tried = policy.attacks[:1] if arm == "never_knew" else families.values()
         for attack in tried:
@@ -361,7 +425,11 @@ def _ranked_defended(policy: Policy, btb: Btb, target: str, precision: Precision
     def cost(attack: Spec) -> float:
         return btb(Asked("defended", attack, target, precision, policy.seed, "search"))
 
-    return sorted(policy.attacks, key=cost)
+    return sorted(_aimed(policy), key=cost)
+
+
+def _aimed(policy: Policy) -> Sequence[Spec]:
+    return policy.aimed_at(policy.concepts[0])
 
 
 def _labels(policy: Policy) -> list[str]:

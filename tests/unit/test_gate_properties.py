@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import evidence_builder
 import pytest
@@ -24,7 +24,8 @@ ARMED = example_policy(
     ("[gate]\n", "[gate]\nmax_breach_rate = 0.35\nrequire_adaptive = true\n"),
     *LOW,
 )
-POLICIES = {policy.digest: policy for policy in (POLICY, ARMED)}
+MERGED = example_policy(*evidence_builder.MERGED, *LOW)
+POLICIES = {policy.digest: policy for policy in (POLICY, ARMED, MERGED)}
 LIMIT = POLICY.red_team.budget.limit
 CEILING = ceiling_of(POLICY.concepts[0])
 SETTINGS = settings(deadline=None, max_examples=25, database=None)
@@ -34,9 +35,10 @@ SETTINGS = settings(deadline=None, max_examples=25, database=None)
 def gathered(draw: st.DrawFn) -> Evidence:
     """Evidence on the edge: arms, attacks and seeds differ, some trials collapse or crash.
 
-    Of a policy that asks for nothing more than the listed attacks, or for every arm there is.
+    Of a policy that asks for nothing more than the listed attacks, for every arm there is, or for
+    merges too.
     """
-    policy = draw(st.sampled_from([POLICY, ARMED]))
+    policy = draw(st.sampled_from([POLICY, ARMED, MERGED]))
     level = {
         "undefended": LIMIT / draw(st.sampled_from([2.0, 8.0, 40.0])),
         "defended": LIMIT * draw(st.sampled_from([0.3, 0.9, 1.1, 2.0, 3.0, 50.0])),
@@ -44,6 +46,7 @@ def gathered(draw: st.DrawFn) -> Evidence:
         "sham": LIMIT * draw(st.sampled_from([0.03, 0.1, 0.8, 50.0])),
         "ancestor": LIMIT * draw(st.sampled_from([0.03, 0.8])),
     }
+    kept = {arm: draw(st.sampled_from([0.3, 0.7, 0.8])) for arm in ("undefended", "defended")}
     noise = draw(st.sampled_from([1.0, 1.1, 1.6]))
     seed = draw(st.integers(0, 2**20))
 
@@ -56,9 +59,19 @@ def gathered(draw: st.DrawFn) -> Evidence:
     ending = draw(st.sampled_from(["collapsed", "failed"]))
     lot = random.Random(seed)  # noqa: S311
     records = tuple(
-        _ended(record, ending) if lot.random() < share else record for record in evidence.records
+        _ended(record, ending) if lot.random() < share else _keeping(record, kept)
+        for record in evidence.records
     )
     return evidence.model_copy(update={"records": records})
+
+
+def _keeping(record: Record, kept: Mapping[str, float]) -> Record:
+    """A merge that keeps more or less of the donor's task; any other record as it is."""
+    if record.outcome.kept is None:
+        return record
+    update = {"merged": kept[record.trial.arm]}
+    new = record.outcome.kept.model_copy(update=update)
+    return record.model_copy(update={"outcome": record.outcome.model_copy(update={"kept": new})})
 
 
 def _ended(record: Record, ending: str) -> Record:
@@ -99,7 +112,7 @@ def test_the_edge_has_both_sides() -> None:
     """Otherwise the properties below would hold of a gate that always refuses."""
     found = []
 
-    @settings(deadline=None, max_examples=100, database=None, derandomize=True)
+    @settings(deadline=None, max_examples=150, database=None, derandomize=True)
     @given(gathered())
     def collect(evidence: Evidence) -> None:
         found.append((evidence.policy, gate(evidence, POLICIES[evidence.policy]).result))
@@ -132,6 +145,24 @@ def test_more_harm_never_helps(evidence: Evidence, data: st.DataObject) -> None:
 
     harmed = _replace(evidence, lambda r: _is_defended(r) and r.trial.key in keys, raised)
     assert passed(evidence) or not passed(harmed)
+
+
+@SETTINGS
+@given(gathered(), st.data())
+def test_a_more_useful_merge_never_helps(evidence: Evidence, data: st.DataObject) -> None:
+    """Nor does one of which it is not known what it keeps."""
+    keys = [r.trial.key for r in evidence.records if _is_defended(r) and r.outcome.kept]
+    chosen = data.draw(st.sets(st.sampled_from(keys), min_size=1)) if keys else set()
+    change = data.draw(st.sampled_from([{"merged": 0.95}, {"alone": 0.1}, None]))
+
+    def kept_more(record: Record) -> Record:
+        assert record.outcome.kept is not None
+        new = None if change is None else record.outcome.kept.model_copy(update=change)
+        outcome = record.outcome.model_copy(update={"kept": new})
+        return record.model_copy(update={"outcome": outcome})
+
+    useful = _replace(evidence, lambda record: record.trial.key in chosen, kept_more)
+    assert passed(evidence) or not passed(useful)
 
 
 @SETTINGS
@@ -194,7 +225,15 @@ def test_an_arm_that_is_asked_for_cannot_be_left_out(evidence: Evidence, which: 
 
     records = tuple(record for record in evidence.records if not of_arm(record))
     fewer = evidence.model_copy(update={"records": records, "planned": len(records)})
-    assert evidence.policy == POLICY.digest or not passed(fewer)
+    assert evidence.policy != ARMED.digest or not passed(fewer)
+
+
+@SETTINGS
+@given(gathered(), st.sampled_from(["undefended", "defended"]))
+def test_merges_cannot_be_left_out(evidence: Evidence, arm: str) -> None:
+    records = tuple(r for r in evidence.records if (r.trial.target, r.trial.arm) != ("maths", arm))
+    fewer = evidence.model_copy(update={"records": records, "planned": len(records)})
+    assert evidence.policy != MERGED.digest or not passed(fewer)
 
 
 @SETTINGS
