@@ -5,18 +5,30 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from release_guard import figures, wording
+from release_guard.draws import draws
 from release_guard.evidence import Arm, Evidence
 from release_guard.figures import Effort, Utility
 from release_guard.manifest import EVIDENCE_FOLDER, SIGNATURE
 from release_guard.policy import Policy
-from release_guard.release import Check, Result, Strength, Verdict
+from release_guard.release import Check, Result, Verdict
 from release_guard.standing import mean_share, standing
-from release_guard.sweep import Place, places
+from release_guard.sweep import Place, everywhere, places
 
 HEADING = "Fine-tuning resistance (release-guard)"
 
 _PAIR = ("U: score", "U: BTB", "D: score", "D: BTB")
 _STANDING = ("target@precision", "model", "trials", "breached", "collapsed", "stood for")
+_OVERVIEW = (
+    "target@precision",
+    "highest score",
+    "kappa",
+    "sigma",
+    "ancestor",
+    "lead over a sham",
+    "random attacks that breach",
+    "adaptive search",
+)
+_MOST_CHECKS = 20
 _UTILITY = ("precision", "U", "D", "loss", "95 % bound", "margin", "pairs")
 
 
@@ -44,7 +56,7 @@ def results(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
     unit = policy.red_team.budget.unit
     attacks = [
         _attack_row(place, label, efforts)
-        for place in places(evidence, policy)
+        for place in everywhere(evidence, policy)
         for label, efforts in _by_attack(place).items()
     ]
     scores = ("attack", "target@precision", "ceiling", *_PAIR, "on fresh seeds")
@@ -57,7 +69,9 @@ def results(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
         f"{_table(scores, attacks)}\n"
         "### What a breach costs\n\n"
         "kappa: BTB of D over that of U; sigma: over that of a model that never knew; head start: "
-        "BTB of the latter over that of U. In brackets: one-sided 95 % bounds.\n\n"
+        "BTB of the latter over that of U; ancestor: that of the public ancestor over that of U; "
+        "way out: BTB of D over the cheaper of the two. The lead over a sham, which moved as far "
+        "to no purpose, is one of resistance. In brackets: one-sided 95 % bounds.\n\n"
         f"{_ratios(verdict)}\n"
         f"{_standing(evidence, policy)}"
         "### What it costs the retained skill\n\n"
@@ -90,7 +104,7 @@ def _by_attack(place: Place) -> Mapping[str, Sequence[Effort | None]]:
     tried = [
         {effort.attack.label: effort for effort in figures.efforts(place, arm)} for arm in arms
     ]
-    labels = [attack.label for attack in place.policy.attacks]
+    labels = [attack.label for attack in place.attacks]
     listed = {label: [efforts.get(label) for efforts in tried] for label in labels}
     worst = [figures.worst_unlisted(place, arm) for arm in arms]
     names = sorted({name for each in worst for name in each})
@@ -103,8 +117,7 @@ def _ratios(verdict: Verdict) -> str:
 
 
 def _standing(evidence: Evidence, policy: Policy) -> str:
-    """Who still stands at the budget, and what independent draws say."""
-    everywhere = places(evidence, policy)
+    """Who still stands at the budget, and what independent draws and a search say."""
     rows = [
         (
             _code(place.name),
@@ -114,23 +127,27 @@ def _standing(evidence: Evidence, policy: Policy) -> str:
             wording.percent(each.collapsed),
             wording.percent(mean_share(place, each)),
         )
-        for place in everywhere
+        for place in places(evidence, policy)
         for each in standing(place)
     ]
-    said = [f"- {_code(place)}: {drawn}\n" for place, drawn in _drawn(evidence, policy)]
-    draws = f"\n{''.join(said)}" if said else ""
+    said = [f"- {_code(place)}: {found}\n" for place, found in _explored(evidence, policy)]
+    explored = f"\n{''.join(said)}" if said else ""
     return (
         "### Who still stands at the budget\n\n"
         "Of the trials of the search on a model: the share that breached and that collapsed by the "
         "budget (cumulative incidence), and the mean share of the logarithmic budget for which "
         "they stood (restricted mean).\n\n"
-        f"{_table(_STANDING, rows)}{draws}\n"
+        f"{_table(_STANDING, rows)}{explored}\n"
     )
 
 
-def _drawn(evidence: Evidence, policy: Policy) -> list[tuple[str, str]]:
-    """Where something was drawn at random, and what that says."""
-    found = ((place.name, figures.of_draws(place)) for place in places(evidence, policy))
+def _explored(evidence: Evidence, policy: Policy) -> list[tuple[str, str]]:
+    """Where something was drawn at random or searched for, and what that says."""
+    found = (
+        (place.name, said(place))
+        for place in everywhere(evidence, policy)
+        for said in (figures.of_draws, figures.of_search)
+    )
     return [(name, said) for name, said in found if said]
 
 
@@ -191,28 +208,44 @@ def summary(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
     lines = [
         f"**{verdict.result.upper()}**: {_plain(verdict.claim or 'nothing is claimed')}",
         "",
-        *(f"- {_where(each)}: {_multipliers(each)}" for each in verdict.strengths),
-        *(f"- {place}: {said}" for place, said in _drawn(evidence, policy)),
+        _overview(evidence, verdict, policy),
         *(f"- {_kept(each)}" for each in figures.utilities(evidence, policy)),
         f"- {len(evidence.records)} of {evidence.planned} planned trials ended",
         f"- {passed} of {len(verdict.checks)} checks passed",
-        *(_check(check) for check in sorted(open_checks, key=_gravity)),
+        *(_check(check) for check in sorted(open_checks, key=_gravity)[:_MOST_CHECKS]),
     ]
+    if len(open_checks) > _MOST_CHECKS:
+        lines.append(f"- and {len(open_checks) - _MOST_CHECKS} more, which the report names")
     if verdict.not_tested:
         lines += ["", "Not tested:", "", *(f"- {_plain(item)}" for item in verdict.not_tested)]
     return "\n".join(lines) + "\n"
 
 
-def _where(strength: Strength) -> str:
-    return f"{strength.target}@{strength.precision}"
+def _overview(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
+    """One row a place: what was reached, what a breach costs, what draws and searches found."""
+    known = {(each.target, each.precision): each for each in verdict.strengths}
+    rows = []
+    for place in everywhere(evidence, policy):
+        each = known.get((place.target, place.precision))
+        ratios = (each.kappa, each.sigma, each.ancestor) if each else (None, None, None)
+        sham = each.sham if each else None
+        costs = [*map(wording.ratio, ratios), wording.difference(sham)]
+        highest = wording.score(figures.highest(figures.efforts(place, "defended")))
+        reached = f"{highest} (ceiling {wording.score(place.ceiling)})"
+        rows.append([_code(place.name), reached, *costs, _draws(place), _search(place)])
+    return _table(_OVERVIEW, rows)
 
 
-def _multipliers(strength: Strength) -> str:
-    sigma = "" if strength.sigma is None else f", sigma {wording.ratio(strength.sigma)}"
-    sham = (
-        "" if strength.sham is None else f", lead over a sham {wording.difference(strength.sham)}"
-    )
-    return f"kappa {wording.ratio(strength.kappa)}{sigma}{sham}"
+def _draws(place: Place) -> str:
+    found = draws(place)
+    if not found.pool:
+        return "none drawn"
+    return f"{found.lost} of {found.counted}: at most {wording.percent(found.upper)}"
+
+
+def _search(place: Place) -> str:
+    found = figures.searched(place)
+    return f"{len(found)}: {wording.score(figures.highest(found))} at most" if found else "none"
 
 
 def _kept(kept: Utility) -> str:

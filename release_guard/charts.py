@@ -19,7 +19,7 @@ LETTER = 6.2
 """Average width of a character."""
 
 _RIGHT = svg.WIDTH - 12
-_ROW, _LABEL = 42, 52  # height of a row; characters that fit in one line
+_ROW, _STACK, _LABEL = 42, 57, 52  # heights of a row; characters that fit in one line
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,19 @@ def rows(
 
 
 def stacks(content: Sequence[Stack], *, title: str, alt: str) -> str:
-    """One bar a line, made of counts."""
+    """One bar a line, made of counts, below what they are."""
     most = max((sum(count for _, count in stack.parts) for stack in content), default=0)
     axis = Axis(0, max(1, most), 8, _RIGHT)
-    bottom = 8.0 + _ROW * len(content)
+    bottom = 8.0 + _STACK * len(content)
     parts = frame(axis, 8, bottom, title, lambda value: f"{value:.0f}")
     for index, stack in enumerate(content):
-        y = 8 + _ROW * index
-        parts += _names(stack.label, stack.note, y)
+        y = 8 + _STACK * index
+        parts.append(svg.text(4, y + 14, stack.label, css="halo strong"))
+        parts.append(svg.text(4, y + 29, stack.note, css="halo"))
         left = 0
         for css, count in stack.parts:
             start, end = axis.at(left), axis.at(left + count)
-            parts.append(svg.rectangle(start, y + 19, max(0, end - start - 1), 14, css=css))
+            parts.append(svg.rectangle(start, y + 34, max(0, end - start - 1), 14, css=css))
             left += count
     return svg.drawing(parts, height=bottom + 38, alt=alt)
 

@@ -1,6 +1,6 @@
-"""Pictures of staircases against cost or number of trials, one an arm, each with its band."""
+"""Pictures of curves against cost or number of trials, one an arm, each with its band."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from release_guard import svg
@@ -15,6 +15,8 @@ Curve = Sequence[tuple[float, float]]
 Band = Sequence[tuple[float, float, float]]
 """Costs, each with the least and the greatest height."""
 
+_Path = Callable[[Sequence[tuple[float, float]]], list[tuple[float, float]]]
+
 _LEFT, _RIGHT = 38, svg.WIDTH - 12
 _ENTRIES, _ENTRY, _LINE = 3, 120, 17  # legend: entries in a line, width of one, height of a line
 _PLOT = 196
@@ -22,7 +24,7 @@ _PLOT = 196
 
 @dataclass(frozen=True)
 class Line:
-    """One arm's staircase.
+    """One arm's curve.
 
     Attributes:
         arm: Fixes colour, dashes and marks.
@@ -45,13 +47,15 @@ class Plane:
         title: Below the axis across.
         upward: Above the axis upward, which goes from 0 to 1.
         is_log: Whether the axis across is.
-        ceiling: Where a dashed line lies; None: nowhere.
+        is_staircase: Whether each height holds until the next point; else they are joined.
+        ceiling: Where a dashed line lies, which the title upward names; None: nowhere.
         budget: From where the picture is shaded; None: nowhere.
     """
 
     title: str
     upward: str
     is_log: bool = True
+    is_staircase: bool = True
     ceiling: float | None = None
     budget: float | None = None
 
@@ -62,16 +66,16 @@ def picture(lines: Sequence[Line], plane: Plane, *, alt: str) -> str:
     top = 33.0 + _LINE * rows
     bottom = top + _PLOT
     across, upward = _across(lines, plane), Axis(0, 1, bottom, top)
-    parts = [*frame(across, top, bottom, plane.title), *_scale(upward, plane.upward)]
+    parts = [*frame(across, top, bottom, plane.title), *_scale(upward, _upward(plane))]
     if plane.budget is not None:
         parts += _budget(across, plane.budget, top, bottom)
-    parts += [_band(line, across, upward) for line in lines if line.band]
+    path = svg.staircase if plane.is_staircase else list
+    parts += [_band(line, across, upward, path) for line in lines if line.band]
     for line in lines:
-        parts += _line(line, across, upward)
+        parts += _line(line, across, upward, path)
     if plane.ceiling is not None:
         y = upward.at(plane.ceiling)
         parts.append(svg.line(_LEFT, y, _RIGHT, y, css="ceiling"))
-        parts.append(svg.text(_LEFT + 4, y - 5, f"ceiling {plane.ceiling:.3g}", css="halo"))
     return svg.drawing([*parts, *_legend(lines)], height=bottom + 40, alt=alt)
 
 
@@ -101,18 +105,25 @@ def _across(lines: Sequence[Line], plane: Plane) -> Axis:
     return Axis(min(values) - 1, max(values) + 1, _LEFT, _RIGHT)
 
 
-def _line(line: Line, across: Axis, upward: Axis) -> list[str]:
+def _upward(plane: Plane) -> str:
+    """The ceiling has its name there: beside its line it would hide what lies close to it."""
+    if plane.ceiling is None:
+        return plane.upward
+    return f"{plane.upward} (dashed: ceiling {plane.ceiling:.3g})"
+
+
+def _line(line: Line, across: Axis, upward: Axis, path: _Path) -> list[str]:
     placed = _placed(line.curve, across, upward)
     marked = placed if line.marks is None else _placed(line.marks, across, upward)
     shape = SHAPES[line.arm]
     marks = [svg.marker(shape, x, y, css=f"mark arm-{line.arm}") for x, y in marked]
-    return [svg.steps(placed, css=f"envelope arm-{line.arm}"), *marks]
+    return [svg.polyline(path(placed), css=f"envelope arm-{line.arm}"), *marks]
 
 
-def _band(line: Line, across: Axis, upward: Axis) -> str:
+def _band(line: Line, across: Axis, upward: Axis, path: _Path) -> str:
     low = _placed([(cost, least) for cost, least, _ in line.band], across, upward)
     high = _placed([(cost, most) for cost, _, most in line.band], across, upward)
-    corners = [*svg.staircase(high), *reversed(svg.staircase(low))]
+    corners = [*path(high), *reversed(path(low))]
     return svg.area(corners, css=f"band arm-{line.arm}")
 
 

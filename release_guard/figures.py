@@ -1,7 +1,7 @@
 """The figures that card and report print, drawn from the evidence; nothing is judged here."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import get_args
@@ -98,7 +98,7 @@ def arms(evidence: Evidence) -> tuple[Arm, ...]:
 
 def efforts(place: Place, arm: Arm) -> tuple[Effort, ...]:
     """Every attack tried there, in the policy's order, then what was tuned."""
-    listed = [attack.label for attack in place.policy.attacks]
+    listed = [attack.label for attack in place.attacks]
     found = place.configurations(arm)
     known = {item.attack.label: item for item in found}
     ordered = [known.pop(label) for label in listed if label in known]
@@ -110,7 +110,7 @@ def worst_unlisted(place: Place, arm: Arm) -> Mapping[str, Effort]:
 
     A confirmed breach goes before one that is open, that before the highest score.
     """
-    listed = {attack.label for attack in place.policy.attacks}
+    listed = {attack.label for attack in place.attacks}
     gravity = {"confirmed": 2, "unresolved": 1}
     groups: dict[str, list[Effort]] = {}
     for effort in efforts(place, arm):
@@ -134,6 +134,32 @@ def of_draws(place: Place) -> str:
         f"Of {found.counted} random configurations that breach the undefended model, or may, "
         f"{found.breaches} breach the defended one{lost}: at most {wording.percent(found.upper)} "
         "of all such configurations do (95 % bound)."
+    )
+
+
+def searched(place: Place) -> tuple[Effort, ...]:
+    """What an adaptive search tried on the defended model."""
+    return tuple(
+        effort
+        for effort in efforts(place, "defended")
+        if any(record.origin == "searched" for record in effort.records)
+    )
+
+
+def highest(tried: Iterable[Effort]) -> float | None:
+    """Highest score within the budget; None if nothing was scored."""
+    return max((effort.best for effort in tried if effort.best is not None), default=None)
+
+
+def of_search(place: Place) -> str:
+    """What an adaptive search on the defended model found; nothing if there was none."""
+    found = searched(place)
+    if not found:
+        return ""
+    return (
+        f"An adaptive search on the defended model tried {wording.count(len(found), 'attack')}: "
+        f"{wording.score(highest(found))} at most within the budget, ceiling "
+        f"{wording.score(place.ceiling)}."
     )
 
 
@@ -244,6 +270,10 @@ def strength_table(strengths: Sequence[Strength]) -> tuple[Sequence[str], Sequen
         head.append("lead over a sham")
         for row, each in zip(rows, strengths, strict=True):
             row.append(wording.difference(each.sham))
+    if any(each.rounding is not None for each in strengths):
+        head.append("kappa, first precision over this")
+        for row, each in zip(rows, strengths, strict=True):
+            row.append("-" if each.rounding is None else wording.amount(each.rounding))
     return head, rows
 
 
@@ -251,10 +281,11 @@ def found(effort: Effort, unit: Unit) -> str:
     """What came of an effort: `0.412 at most`, `0.61, breached at 12 steps (3 of 4 trials)`."""
     if effort.breaches:
         trials = f"{len(effort.breaches)} of {len(effort.records)} trials"
-        least = wording.cost(min(effort.breaches), unit)
+        least = min(effort.breaches)
+        at = f"breached at {wording.cost(least, unit)}" if least else "breached without a step"
         if effort.within:
-            return f"{wording.score(effort.best)}, breached at {least} ({trials})"
-        return f"{wording.score(effort.best)} at most; beyond the budget at {least} ({trials})"
+            return f"{wording.score(effort.best)}, {at} ({trials})"
+        return f"{wording.score(effort.best)} at most; {at}, beyond the budget ({trials})"
     endings = sorted({record.outcome.ending for record in effort.records})
     if effort.best is None or endings != ["survived"]:
         return f"{' and '.join(endings)}; {wording.score(effort.best)} at most"

@@ -12,7 +12,8 @@ from release_guard.sweep import Place, places
 _HOW = (
     "A line is the worst case, the highest score any attack on that model had reached by that "
     "cost; its band spans what the fresh seeds had reached. The defence holds where its line "
-    "stays under the dashed ceiling up to the budget; the shaded part lies beyond it."
+    "stays under the dashed ceiling up to the budget; the shaded part lies beyond it. Attacks that "
+    "take no step stand at the left edge."
 )
 _SHARES = (1 / 16, 1 / 4, 1)  # of the budget, in the table
 

@@ -8,7 +8,7 @@ from release_guard.figures import Effort
 from release_guard.page import Cell
 from release_guard.policy import Policy, Unit
 from release_guard.statistics import Finding
-from release_guard.sweep import Place, places
+from release_guard.sweep import Place, everywhere
 
 _FINDINGS: Mapping[Finding, str] = {
     "confirmed": "bad",
@@ -29,7 +29,7 @@ _ARMS: tuple[Arm, ...] = ("undefended", "defended")
 def section(evidence: Evidence, policy: Policy) -> str:
     """Precision x attack: what each attack reached within the budget, undefended and defended."""
     by_target: dict[str, list[Place]] = {}
-    for place in places(evidence, policy):
+    for place in everywhere(evidence, policy):
         by_target.setdefault(place.target, []).append(place)
     parts = []
     for target, here in by_target.items():
@@ -41,10 +41,10 @@ def section(evidence: Evidence, policy: Policy) -> str:
 
 def _table(here: Sequence[Place], policy: Policy) -> str:
     """Listed attacks in the policy's order, then the worst of each kind of others."""
-    others = [figures.worst_unlisted(place, arm) for place in here for arm in _ARMS]
-    names = [attack.label for attack in policy.attacks]
-    names += sorted({name for worst in others for name in worst})
+    names = [attack.label for attack in here[0].attacks]
     columns = [_pairs(place) for place in here]
+    known = {name for pairs in columns for efforts in pairs for name in efforts}
+    names += sorted(known.difference(names))
     rows = [
         (
             Cell(name, "wide"),
@@ -57,10 +57,11 @@ def _table(here: Sequence[Place], policy: Policy) -> str:
 
 
 def _pairs(place: Place) -> Sequence[Mapping[str, Effort]]:
-    """Undefended and defended: efforts by label, and the worst of a kind by its name."""
+    """Undefended and defended: what is listed by its label, of others the worst of a kind."""
+    listed = {attack.label for attack in place.attacks}
     return [
         {
-            **{effort.attack.label: effort for effort in figures.efforts(place, arm)},
+            **{e.attack.label: e for e in figures.efforts(place, arm) if e.attack.label in listed},
             **figures.worst_unlisted(place, arm),
         }
         for arm in _ARMS

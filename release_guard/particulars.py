@@ -117,13 +117,8 @@ def _draws(place: Place) -> Json:
 
 
 def _search(place: Place) -> Json:
-    efforts = [
-        effort
-        for effort in figures.efforts(place, "defended")
-        if any(record.origin == "searched" for record in effort.records)
-    ]
-    scores = [effort.best for effort in efforts if effort.best is not None]
-    return {**_where(place), "trials": num_searched(place), "score": max(scores, default=None)}
+    score = figures.highest(figures.searched(place))
+    return {**_where(place), "trials": num_searched(place), "score": score}
 
 
 def _adaptive(place: Place, stage: str) -> Json:

@@ -3,15 +3,19 @@
 Equal evidence gives equal bytes: the only dates are those of the evidence.
 """
 
+from collections.abc import Mapping
+
 from release_guard import (
     charts,
     costs,
     figures,
     harm,
     heatmap,
+    highlights,
     layers,
     lifetimes,
     matrix,
+    noise,
     page,
     retained,
     strips,
@@ -20,11 +24,15 @@ from release_guard import (
     wording,
 )
 from release_guard.charts import Stack
-from release_guard.evidence import Evidence
-from release_guard.figures import ARM_NAMES, ENDINGS, Utility
+from release_guard.evidence import Evidence, Origin
+from release_guard.figures import ARM_NAMES, ENDINGS
 from release_guard.policy import Policy
-from release_guard.release import Interval, Result, Strength, Verdict
+from release_guard.release import Result, Verdict
 
+_OTHERS: Mapping[Origin, str] = {
+    "drawn": "drawn at random",
+    "searched": "found by adaptive search",
+}
 _NEVER_MEASURED = (
     "harm against utility: trials are scored on what is restricted only",
     "spectrum of the change, and which codes it flips at lower precisions",
@@ -47,13 +55,16 @@ def render(evidence: Evidence, verdict: Verdict, policy: Policy, *, title: str) 
             heatmap.section(evidence, policy)
         ),
         "what more trials would find: too few attacks were tried": tuning.section(evidence, policy),
+        "noise on the weights: no attack added several sizes of it": noise.section(
+            evidence, policy
+        ),
     }
     missing = [name for name, content in pictures.items() if not content]
     body = (
         _headline(evidence, verdict, policy, title),
         "<main>\n",
-        page.section("What this means", "", page.paragraph(_meaning(verdict, policy))),
-        _key_figures(evidence, verdict, policy),
+        page.section("What this means", "", page.paragraph(_meaning(evidence, verdict, policy))),
+        highlights.section(evidence, verdict, policy),
         *pictures.values(),
         matrix.section(evidence, policy),
         tables.not_tested(evidence, verdict, policy),
@@ -82,18 +93,21 @@ def _headline(evidence: Evidence, verdict: Verdict, policy: Policy, title: str) 
     )
 
 
-def _meaning(verdict: Verdict, policy: Policy) -> str:
+def _meaning(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
     budget = policy.red_team.budget
     names = ", ".join(target.name for target in policy.targets)
-    attacks = _count(len(policy.attacks), "attack")
+    attacks = [wording.count(_tried(evidence, "listed"), "listed attack")]
+    attacks += [
+        f"{count} {how}" for origin, how in _OTHERS.items() if (count := _tried(evidence, origin))
+    ]
     spent = wording.cost(budget.limit, budget.unit)
     tried = (
         "Anyone who downloads a model holds its weights and can train it further. So did a red "
-        f"team here, with up to {attacks}, each for up to {spent}: it tried to teach the "
+        f"team here, with {', '.join(attacks)}, each for up to {spent}: it tried to teach the "
         f"model what the policy restricts ({names}). "
     )
     open_checks = sum(check.result is not Result.PASS for check in verdict.checks)
-    judged = f"{open_checks} of {_count(len(verdict.checks), 'check')}"
+    judged = f"{open_checks} of {wording.count(len(verdict.checks), 'check')}"
     outcome = {
         Result.PASS: (
             "No attack got there within that budget, while the same attacks did on the unprotected "
@@ -113,89 +127,21 @@ def _meaning(verdict: Verdict, policy: Policy) -> str:
     return tried + outcome[verdict.result]
 
 
-def _key_figures(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
-    tiles = []
-    if verdict.strengths:
-        weakest = min(verdict.strengths, key=_kappa)
-        tiles += _strength_tiles(weakest, policy, many=len(verdict.strengths) > 1)
-    kept = figures.utilities(evidence, policy)
-    if kept:
-        tiles.append(_loss_tile(max(kept, key=_bound), many=len(kept) > 1))
-    if not tiles:
-        return page.section("Key figures", "None: nothing was measured that could carry them.")
-    how = "Ratios of the least cost at which an attack succeeded; bounds are one-sided, 95 %."
-    return page.section("Key figures", how, page.tiles(tiles), _all_strengths(verdict))
-
-
-def _strength_tiles(strength: Strength, policy: Policy, *, many: bool) -> list[str]:
-    gate = policy.gate
-    where = f"{strength.target} at {strength.precision}" + (", the weakest" if many else "")
-    bar = (
-        f"The policy asks for {wording.amount(gate.kappa)}, "
-        f"and {wording.amount(gate.kappa_lower)} for the lower bound."
+def _tried(evidence: Evidence, origin: Origin) -> int:
+    """Attacks on the defended model that come from there."""
+    tried = (
+        record.trial.attack.label
+        for record in evidence.records
+        if (record.trial.arm, record.origin) == ("defended", origin)
     )
-    sigma = "The policy asks for nothing here."
-    if gate.sigma_lower is not None:
-        sigma = f"The policy asks for {wording.amount(gate.sigma_lower)} for the lower bound."
-    return [
-        _ratio_tile("kappa", strength.kappa, "× the cost of breaching the original.", bar, where),
-        _ratio_tile(
-            "sigma",
-            strength.sigma,
-            "× the cost from a model that never knew; 1 is as good as never having known.",
-            sigma,
-            where,
-        ),
-        _ratio_tile(
-            "head start",
-            strength.head_start,
-            "× saved by starting from the original; below 3, sigma says nothing.",
-            "",
-            where,
-        ),
-        *_sham_tile(strength, where),
-    ]
-
-
-def _sham_tile(strength: Strength, where: str) -> list[str]:
-    if strength.sham is None or strength.sham.estimate is None:
-        return []
-    what = "of the resistance index that a sham, which moved the weights as far, does not have."
-    number, _, bounds = wording.difference(strength.sham).partition(" (")
-    return [page.tile("lead over a sham", number, what, f"95 % bounds: {bounds[:-1]}.", where)]
-
-
-def _ratio_tile(what: str, value: Interval | None, meaning: str, bar: str, where: str) -> str:
-    if value is None or value.estimate is None:
-        return page.tile(what, "not claimed", meaning, bar, where)
-    sign = "≥ " if value.censored else ""
-    number = f"{sign}{wording.amount(value.estimate)}"
-    return page.tile(what, number, meaning, f"95 % bounds: {wording.bounds(value)}.", bar, where)
-
-
-def _loss_tile(kept: Utility, *, many: bool) -> str:
-    if kept.loss.estimate is None or kept.loss.upper is None:
-        return page.tile("retained loss", "not claimed", "Too few pairs to bound it.")
-    return page.tile(
-        "retained loss",
-        wording.points(kept.loss.estimate),
-        f"95 % bound: at most {wording.points(kept.loss.upper)}.",
-        f"Margin: {wording.points(kept.margin)}.",
-        f"{kept.pairs} examples at {kept.precision}" + (", the worst" if many else ""),
-    )
-
-
-def _all_strengths(verdict: Verdict) -> str:
-    if len(verdict.strengths) < 2:  # noqa: PLR2004  one stands in the tiles already
-        return ""
-    head, rows = figures.strength_table(verdict.strengths)
-    return page.table("Cost multipliers", head, rows)
+    return len(set(tried))
 
 
 def _ledger(evidence: Evidence) -> str:
     how = (
-        "How many trials ended, and how. Every trial counts, crashed ones too: a gap in the ledger "
-        "is never taken for resistance."
+        "How many trials ended, and how; the parts of a bar stand in the order of the words above "
+        "it. Every trial counts, crashed ones too: a gap in the ledger is never taken for "
+        "resistance. None is given up early for looking hopeless, so none is given up wrongly."
     )
     content = []
     for arm in figures.arms(evidence):
@@ -211,15 +157,3 @@ def _ledger(evidence: Evidence) -> str:
     picture = page.figure(charts.stacks(content, title="trials", alt=alt), "Trials and endings")
     shown = page.gallery([picture]) if content else page.paragraph("No trial was run.")
     return page.section("Ledger", how, shown, tables.ledger(evidence))
-
-
-def _kappa(strength: Strength) -> float:
-    return strength.kappa.estimate or 0.0
-
-
-def _bound(kept: Utility) -> float:
-    return float("inf") if kept.loss.upper is None else kept.loss.upper
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -112,13 +112,8 @@ def area(corners: Iterable[tuple[float, float]], *, css: str) -> str:
     return f'<polygon points="{path}" class="{css}"/>'
 
 
-def steps(points: Sequence[tuple[float, float]], *, css: str) -> str:
-    """A staircase: each height holds until the next point."""
-    return polyline(staircase(points), css=css)
-
-
 def staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The corners of a staircase through these points."""
+    """The corners of a staircase through these points: each height holds until the next one."""
     return [
         corner
         for (_, before), (x, y) in zip([*points[:1], *points], points, strict=False)

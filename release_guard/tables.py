@@ -8,7 +8,7 @@ from release_guard.figures import ARM_NAMES, ARMS, ENDINGS, ORIGINS, Effort
 from release_guard.page import Cell, bullets, folded, paragraph, section, subheading, table
 from release_guard.policy import Policy, Unit
 from release_guard.release import Result, Verdict
-from release_guard.sweep import places
+from release_guard.sweep import everywhere
 
 _UNFOLDED = 40  # longer tables open on demand
 _MEANING = {Result.PASS: "good", Result.FAIL: "bad", Result.INCONCLUSIVE: "unsure"}
@@ -48,7 +48,7 @@ def attacks(evidence: Evidence, policy: Policy) -> str:
     """Every attack with its options, seeds and budget to breach on each arm."""
     unit, tried_on = policy.red_team.budget.unit, figures.arms(evidence)
     rows: list[Sequence[str | Cell]] = []
-    for place in places(evidence, policy):
+    for place in everywhere(evidence, policy):
         by_arm = {arm: _by_label(figures.efforts(place, arm)) for arm in tried_on}
         labels = dict.fromkeys(label for efforts in by_arm.values() for label in efforts)
         for label in labels:
@@ -90,7 +90,7 @@ def confirmations(evidence: Evidence, policy: Policy) -> str:
             wording.between(cost, unit),
             wording.score(max((point.score for point in record.outcome.curve), default=None)),
         )
-        for place in places(evidence, policy)
+        for place in everywhere(evidence, policy)
         for arm in ARMS
         for effort in figures.efforts(place, arm)
         for record, cost in zip(effort.records, effort.costs, strict=True)

@@ -18,6 +18,11 @@ def amount(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004  three digits
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things: `1 attack`, `2 attacks`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def cost(value: float, unit: Unit) -> str:
     """An amount with its unit."""
     names = {"flops": "FLOPs", "seconds": "s"}

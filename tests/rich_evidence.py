@@ -1,4 +1,4 @@
-"""Evidence with everything a report can show: five arms, drawn and searched attacks, collapses."""
+"""Evidence with everything a report can show: five arms, draws, a search, collapses, noise."""
 
 import math
 import random
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from evidence_builder import POLICY, Asked, Btb, evidence, record
 
-from release_guard.evidence import Arm, Change, Ending, Evidence, Origin, Record
+from release_guard.evidence import Arm, Change, Cost, Ending, Evidence, Origin, Point, Record
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
 
@@ -16,9 +16,10 @@ WEAK = Spec.model_validate({"name": "lora", "rank": 4, "lr": 0.0321})
 HIDDEN = Spec.model_validate({"name": "restore", "fraction": 1.0})
 """Written against the stage; surgical; not in the policy."""
 
-_EASE = {"undefended": 20, "sham": 30, "ancestor": 15, "never_knew": 250, "defended": 2_500}
+_EASE = {"undefended": 20, "sham": 25, "ancestor": 15, "never_knew": 250, "defended": 2_500}
 _BOTH: tuple[Arm, ...] = ("undefended", "defended")
 _OTHERS: tuple[Arm, ...] = ("sham", "ancestor")
+_FRESH = (1_007, 1_008, 1_009, 1_010, 1_011)
 
 
 def rich_policy() -> Policy:
@@ -76,15 +77,18 @@ def _more(policy: Policy, btb: Btb) -> Iterable[Record]:
             yield from _arms(policy, btb, asked)
             yield from _unlisted(policy, btb, asked)
             yield from _endings(policy, asked)
-    first = Asked("defended", HIDDEN, policy.concepts[0].name, policy.precisions[0], 7, "search")
-    restored = record(policy, first, 1e6, "listed")
-    yield restored.model_copy(update={"against": "sophon", "surgical": True})
+            yield from _noise(policy, asked)
+            yield from _surgical(policy, replace(asked, attack=HIDDEN), 0.1, against="sophon")
 
 
 def _arms(policy: Policy, btb: Btb, asked: Asked) -> Iterable[Record]:
     for arm in _OTHERS:
         for attack in policy.attacks[::2]:
             yield _run(policy, btb, replace(asked, arm=arm, attack=attack), "listed")
+        lora = next(attack for attack in policy.attacks if attack.name == "lora")
+        for seed in _FRESH[:3]:
+            fresh = replace(asked, arm=arm, attack=lora, split="confirm", seed=seed)
+            yield _run(policy, btb, fresh, "confirming")
 
 
 def _unlisted(policy: Policy, btb: Btb, asked: Asked) -> Iterable[Record]:
@@ -94,7 +98,7 @@ def _unlisted(policy: Policy, btb: Btb, asked: Asked) -> Iterable[Record]:
         for attack in (*_drawn(), WEAK):
             yield _run(policy, btb, replace(asked, arm=arm, attack=attack), "drawn")
         yield _run(policy, btb, replace(asked, arm=arm, attack=searched), "searched")
-    for seed in (1_007, 1_008, 1_009):
+    for seed in _FRESH[:3]:
         each = replace(asked, seed=seed, split="confirm")
         yield record(policy, each, btb(each), "confirming", stops=False)
 
@@ -116,6 +120,26 @@ def _endings(policy: Policy, asked: Asked) -> Iterable[Record]:
         one = record(policy, replace(asked, attack=attack), 1e5, "drawn", ending=ending)
         short = one.outcome.curve[: 4 * (number + 1)]
         yield one.model_copy(update={"outcome": one.outcome.model_copy(update={"curve": short})})
+
+
+def _noise(policy: Policy, asked: Asked) -> Iterable[Record]:
+    """Five sizes; the more of it, the less is left."""
+    for size in (0.005, 0.01, 0.02, 0.04, 0.08):
+        attack = Spec.model_validate({"name": "weight_noise", "deviation": size})
+        yield from _surgical(policy, replace(asked, attack=attack), 0.2 - 1.5 * size)
+
+
+def _surgical(
+    policy: Policy, asked: Asked, score: float, *, against: str | None = None
+) -> Iterable[Record]:
+    """Changes the weights at no step; on a search seed and on fresh ones."""
+    fresh = [replace(asked, seed=seed, split="confirm") for seed in _FRESH]
+    for number, each in enumerate([asked, *fresh]):
+        one = record(policy, each, 1e6, "listed" if each is asked else "confirming", stops=False)
+        cost = Cost(steps=0, samples=0, flops=0, seconds=0.2)
+        points = (Point(cost=cost, score=score * (1 - 0.05 * number)),)
+        outcome = one.outcome.model_copy(update={"curve": points, "parameters": 0})
+        yield one.model_copy(update={"outcome": outcome, "against": against, "surgical": True})
 
 
 def _run(policy: Policy, btb: Btb, asked: Asked, origin: Origin) -> Record:

@@ -183,7 +183,7 @@ def test_a_breach_beyond_the_budget_is_listed():
     policy = example_policy()
     text = Page(page(policy, undecided_evidence(policy))).text
     section = text.split("Breaches beyond the budget")[1].split("Checks")[0]
-    assert "beyond the budget at" in section
+    assert "steps, beyond the budget (" in section
     text = Page(page(policy, passing_evidence(policy))).text
     assert "None was seen" in text.split("Breaches beyond the budget")[1]
 
@@ -288,6 +288,7 @@ def test_every_picture_stands_under_a_sentence_on_how_to_read_it(case):
         "From the search to fresh seeds",
         "Learning rate against cost",
         "What more trials would find",
+        "Noise on the weights",
         "Distance moved",
     ],
 )
@@ -298,6 +299,26 @@ def test_pictures_whose_figures_are_not_written_in_them_have_a_table(title):
     for figure in figures:
         assert "<details><summary>The same as a table</summary>" in figure
         assert "<table" in figure.split("<details>")[1]
+
+
+def test_the_key_figures_name_the_worst_place_of_the_draws():
+    policy = rich_policy()
+    content = sections(page(policy, rich_evidence(policy, broken=True)))["Key figures"]
+    assert "random attacks</span><b>≤ 40.1 %</b>" in content
+    assert "Of 20 drawn, 1 did, 3 were lost." in content
+    assert "random attacks" not in sections(source_of("passing"))["Key figures"]
+    for name in ("over the way out", "ancestor", "lead over a sham", "first precision over this"):
+        assert name in content
+
+
+def test_the_meaning_counts_what_was_tried():
+    said = sections(source_of("rich"))["What this means"]
+    assert "16 listed attacks, 20 drawn at random, 1 found by adaptive search" in said
+    assert "4 listed attacks, each" in sections(source_of("passing"))["What this means"]
+
+
+def test_nothing_is_pruned_and_the_ledger_says_so():
+    assert "None is given up early" in sections(source_of("rich"))["Ledger"]
 
 
 def test_what_the_evidence_does_not_hold_is_a_line_and_no_empty_picture():
@@ -332,7 +353,7 @@ def test_a_breach_by_an_attack_that_is_not_listed_stands_in_the_matrix():
 
 def test_what_an_attack_was_written_against_is_said():
     attacks = sections(source_of("rich"))["Attacks"]
-    (row,) = [row for row in attacks.split("</tr>") if HIDDEN.label in row]
+    row, *_ = (row for row in attacks.split("</tr>") if HIDDEN.label in row)
     assert "written against sophon" in row
     assert "surgical" in row
 
