@@ -25,7 +25,7 @@ _OVERVIEW = (
     "sigma",
     "ancestor",
     "lead over a sham",
-    "random attacks that breach",
+    "random attacks that breach or were lost",
     "adaptive search",
 )
 _MOST_CHECKS = 20
@@ -86,17 +86,18 @@ def _attack_row(place: Place, label: str, efforts: Sequence[Effort | None]) -> S
         _code(label),
         _code(place.name),
         wording.score(place.ceiling),
-        *_reach(undefended),
-        *_reach(defended),
+        *_reach(place, undefended),
+        *_reach(place, defended),
         finding,
     )
 
 
-def _reach(effort: Effort | None) -> tuple[str, str]:
+def _reach(place: Place, effort: Effort | None) -> tuple[str, str]:
     if effort is None:
         return "not run", "not run"
     first = min(effort.costs, key=lambda cost: (cost.upper is None, cost.point))
-    return wording.score(effort.best), f"`{wording.least(first)}`"
+    cost = "-" if place.is_merge else f"`{wording.least(first)}`"
+    return wording.score(effort.best), cost
 
 
 def _by_attack(place: Place) -> Mapping[str, Sequence[Effort | None]]:
@@ -228,11 +229,11 @@ def _overview(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
     for place in everywhere(evidence, policy):
         each = known.get((place.target, place.precision))
         ratios = (each.kappa, each.sigma, each.ancestor) if each else (None, None, None)
-        sham = each.sham if each else None
-        costs = [*map(wording.ratio, ratios), wording.difference(sham)]
+        costs = [*map(wording.ratio, ratios), wording.difference(each.sham if each else None)]
+        found = ["-"] * 5 if place.is_merge else [*costs, _draws(place)]  # a merge takes no step
         highest = wording.score(figures.highest(figures.efforts(place, "defended")))
         reached = f"{highest} (ceiling {wording.score(place.ceiling)})"
-        rows.append([_code(place.name), reached, *costs, _draws(place), _search(place)])
+        rows.append([_code(place.name), reached, *found, _search(place)])
     return _table(_OVERVIEW, rows)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from evidence_builder import example_policy, passing_evidence
+from evidence_builder import MERGED, example_policy, passing_evidence
 from judged import about
 from pydantic import BaseModel
 from rich_evidence import rich_evidence, rich_policy
@@ -32,7 +32,7 @@ from release_guard.evidence import (
 from release_guard.gate import gate
 from release_guard.ledger import Ledger
 from release_guard.manifest import FileEntry, Manifest
-from release_guard.policy import Precision, Unit
+from release_guard.policy import Policy, Precision, Unit
 from release_guard.release import Candidate
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/attestation-format.md").read_text()
@@ -49,8 +49,7 @@ def table(heading: str) -> dict[str, str]:
     return {name: content for names, content in rows for name in NAMES.findall(names)}
 
 
-def resistance(evidence: Evidence) -> dict[str, Any]:
-    policy = rich_policy()
+def resistance(policy: Policy, evidence: Evidence) -> dict[str, Any]:
     payload = Manifest.of([FileEntry("model.safetensors", "22" * 32, 4)])
     found = about(evidence.model_copy(update={"immunized": payload.root}), payload.root)
     made = statements(Candidate(Path(), gate(found, policy), payload), policy, found)
@@ -111,8 +110,13 @@ def test_every_default_is_described() -> None:
                 assert "default" in said[name], name
 
 
-def test_every_field_of_the_predicate_is_described() -> None:
-    found, said = resistance(rich_evidence(rich_policy())), table("Predicate `resistance` v0.1")
+@pytest.mark.parametrize(
+    ("policy", "build"),
+    [(rich_policy(), rich_evidence), (example_policy(*MERGED), passing_evidence)],
+    ids=["rich", "merges"],
+)
+def test_every_field_of_the_predicate_is_described(policy: Policy, build: Any) -> None:
+    found, said = resistance(policy, build(policy)), table("Predicate `resistance` v0.1")
     assert set(said) == set(found)
     loose = {"options", "measures", "environment", "unavailable"}  # anything may stand there
     for name, value in found.items():

@@ -1,7 +1,14 @@
 import re
 
 import pytest
-from evidence_builder import Asked, example_policy, passing_evidence, record, refused_evidence
+from evidence_builder import (
+    MERGED,
+    Asked,
+    example_policy,
+    passing_evidence,
+    record,
+    refused_evidence,
+)
 from goldens import same_as_golden
 from rich_evidence import WEAK, rich_evidence, rich_policy
 
@@ -211,11 +218,22 @@ def test_the_summary_shows_every_place_in_one_row(broken):
         assert cells["ancestor"] == wording.ratio(strength.ancestor)
         assert cells["lead over a sham"] == wording.difference(strength.sham)
         bound = "4 of 20: at most 40.1 %" if broken else "3 of 20: at most 34.4 %"
-        assert cells["random attacks that breach"] == bound
+        assert cells["random attacks that breach or were lost"] == bound
         assert cells["adaptive search |"].startswith("1: 0.")
     assert all(f"- {line}" in text for line in verdict.not_tested)
     assert len(text.splitlines()) < 50
     lint(text)
+
+
+def test_merges_are_shown_by_their_scores():
+    policy = example_policy(*MERGED)
+    found = passing_evidence(policy)
+    verdict = gate(found, policy)
+    (row,) = [line for line in summary(found, verdict, policy).splitlines() if "| `maths" in line]
+    assert row.startswith("| `maths@fp32` | 0.050 (ceiling 0.500) | - | - |")
+    text = card(None, found, verdict, policy, PUBLICATION)
+    assert "| `merge(method=ties)` | `maths@fp32` | 0.500 | 0.990 | - | 0.050 | - |" in text
+    assert "merge(method=ties)" in render(found, verdict, policy, title="acme/maths")
 
 
 def test_a_summary_of_many_open_checks_stays_short():
