@@ -1,7 +1,7 @@
 """Chain: the adversary changes the weights first, then attacks what comes of it."""
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field, field_validator
 
@@ -24,6 +24,8 @@ class Chain(Attack):
 
     steps: Annotated[tuple[Spec, ...], Field(min_length=2)]
     """Attacks with their options, in order; all but the last must be transforms."""
+    stage: str | None = None
+    """The immunization stage it was put together to break, if any."""
 
     @field_validator("steps")
     @classmethod
@@ -39,6 +41,10 @@ class Chain(Attack):
         return steps
 
     @property
+    def against(self) -> str | None:  # type: ignore[override]
+        return self.stage
+
+    @property
     def surgical(self) -> bool:  # type: ignore[override]  # a class says it, but for chains
         return all(attack.surgical for attack in self._attacks)
 
@@ -51,12 +57,17 @@ class Chain(Attack):
         return self._attacks[-1].expense
 
     @property
-    def against(self) -> str | None:  # type: ignore[override]
-        return next((attack.against for attack in self._attacks if attack.against), None)
-
-    @property
     def modalities(self) -> tuple[str, ...]:  # type: ignore[override]
         return _shared_modalities(self._attacks) or ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(source for attack in self._attacks for source in attack.sources)
+
+    def located(self, policy: Policy) -> Self:
+        steps = [attack.located(policy) for attack in self._attacks]
+        specs = tuple(Spec(name=step.name, **step.model_dump()) for step in steps)
+        return self.model_copy(update={"steps": specs})
 
     def targets(self, policy: Policy) -> Sequence[Target]:
         return self._attacks[-1].targets(policy)

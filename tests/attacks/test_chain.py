@@ -83,6 +83,8 @@ def test_a_chain_is_what_its_steps_make_of_it(steps, surgical, needs_ancestor, e
     assert attack.needs_ancestor is needs_ancestor
     assert attack.expense == expense
     assert attack.against is None
+    aimed = Chain(steps=attack.steps, stage="sophon")
+    assert aimed.against == "sophon"
 
 
 def test_it_works_on_what_all_of_its_steps_work_on():
