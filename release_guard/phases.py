@@ -85,7 +85,8 @@ class Ground:
     Attributes:
         policy: Seeds, budgets, numbers of examples.
         roots: Digest of each arm's files.
-        data: Digest of each target's examples, and of the donor it is merged with.
+        data: Digest of each target's examples, of the donor it is merged with, and of whatever else
+            the attacks on it read.
     """
 
     policy: Policy
@@ -102,7 +103,7 @@ class Ground:
             "ancestor": _root(folders.ancestor),
             "never_knew": _never_knew_root(folders.undefended, policy),
         }
-        data = {target.name: _data_digest(base, target) for target in policy.targets}
+        data = {target.name: _data_digest(base, target, policy) for target in policy.targets}
         return cls(policy, roots, data)
 
     def trials(
@@ -170,9 +171,12 @@ def _never_knew_root(undefended: Path, policy: Policy) -> str:
     return hash_directory(Path(named)).payload.root
 
 
-def _data_digest(base: "ModelHandle", target: Target) -> str:
+def _data_digest(base: "ModelHandle", target: Target, policy: Policy) -> str:
+    """One for all trials of a target: what any attack on it reads is part of it."""
     others = (getattr(target, key, None) for key in ("scored_on", "donor_dataset"))
-    parts = [base.digest(source) for source in (target.dataset, *filter(None, others))]
+    attacks = [Attack.build(spec).located(policy) for spec in policy.aimed_at(target)]
+    read = dict.fromkeys(source for attack in attacks for source in attack.sources)
+    parts = [base.digest(source) for source in (target.dataset, *filter(None, others), *read)]
     if isinstance(target, MergeTarget):
         parts += [_named_root(source) for source in (target.donor, target.base) if source]
     return hashlib.sha256("".join(parts).encode()).hexdigest()

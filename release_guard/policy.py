@@ -235,6 +235,7 @@ class Policy(_Value):
     """Every random choice of the run derives from this number."""
 
     _source: bytes = PrivateAttr(default=b"")
+    _directory: Path | None = PrivateAttr(default=None)
 
     @property
     def source(self) -> bytes:
@@ -261,6 +262,15 @@ class Policy(_Value):
             return tuple(spec for spec in self.attacks if _is_merge(spec))
         public = self.red_team.ancestor is not None
         return tuple(spec for spec in self.attacks if public or not _is_merge(spec))
+
+    def located(self, source: str) -> str:
+        """A local source that an attack's options name, seen from the policy file; others as is.
+
+        Attacks are recorded as they are written, so that evidence tells of no machine's folders.
+        """
+        if self._directory is None or source.startswith(HUB_PREFIX):
+            return source
+        return str(self._directory / source)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -289,6 +299,7 @@ class Policy(_Value):
             raise PolicyError("\n".join(lines)) from None
         if directory is not None:
             policy = policy.model_validate(_resolve(table, directory.resolve()))
+            policy._directory = directory.resolve()
         policy._source = source
         return policy
 

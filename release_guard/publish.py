@@ -181,6 +181,8 @@ def check_attacks(policy: Policy) -> None:
         has_bases = bool(aimed) and all(getattr(target, "base", None) for target in aimed)
         if attack.needs_ancestor and policy.red_team.ancestor is None and not has_bases:
             advice = "name one as red_team.ancestor, or remove the attack"
+            if policy.merge_targets:
+                advice = f"give merge_targets.base, {advice}"
             lines.append(f"attacks[{place}]: {spec.name} needs a public ancestor; {advice}")
     if lines:
         raise PolicyError("\n".join(lines))
@@ -248,7 +250,7 @@ def check_data(base: "ModelHandle", policy: Policy) -> None:
 
     Raises:
         ModelError: A data set cannot be read, or a concept shares examples with the retained data,
-            a merge target with the donor's.
+            a merge target with the donor's; that of an attack's options begins with its place.
     """
     base.digest(policy.retain.dataset)
     retained, donors = "the retained data", "the donor's data"
@@ -262,6 +264,12 @@ def check_data(base: "ModelHandle", policy: Policy) -> None:
                 f"{target.name}: {overlap.exact:.1%} of its examples stand in {what} too "
                 f"({target.dataset}); remove them from one of the two, or raise gate.max_overlap"
             )
+    for place, spec in enumerate(policy.attacks):
+        for source in Attack.build(spec).located(policy).sources:
+            try:
+                base.digest(source)
+            except ModelError as error:
+                raise ModelError(f"attacks[{place}]: {error}") from error
 
 
 def attack(subject: Subject, run: Run, policy: Policy, session: Session) -> Evidence:

@@ -4,7 +4,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from release_guard.evidence import Cost
 from release_guard.modalities import ModelHandle
@@ -57,6 +57,20 @@ class Attack(Plugin):
     """Whether it uses the public ancestor that the policy names."""
     modalities: ClassVar[tuple[str, ...]] = ()
     """Kinds of models it works on; none: all of them."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Options that name data sets beside the target's; local ones are seen from the policy file."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Those data sets, as far as they are named: what they hold is part of a trial's key."""
+        return tuple(source for name in self.reads if (source := getattr(self, name)))
+
+    def located(self, policy: Policy) -> Self:
+        """The same, with its data sets where they lie."""
+        named = {name: getattr(self, name) for name in self.reads}
+        return self.model_copy(
+            update={name: policy.located(source) for name, source in named.items() if source}
+        )
 
     def targets(self, policy: Policy) -> Sequence[Target]:
         """What it attacks: every concept."""

@@ -35,6 +35,7 @@ class Ablate(Transform):
 
     paper = "https://arxiv.org/abs/2406.11717"
     modalities = ("causal_lm",)
+    reads = ("neutral",)
 
     directions: Annotated[int, Field(ge=1), Choice((1, 2, 4, 8))] = 1
     """How many."""
@@ -46,7 +47,7 @@ class Ablate(Transform):
     keep_norms: Annotated[bool, Choice((False, True))] = False
     """Give what each input writes its old length back."""
     neutral: str = ""
-    """Data set of neutral prompts, such as the retained one: an absolute path, or
+    """Data set of neutral prompts, such as the retained one: local (seen from the policy file), or
     `hf://datasets/OWNER/NAME@REVISION`; none: texts that the model itself writes."""
     examples: Annotated[int, Field(ge=2)] = 64
     """Prompts of either kind."""

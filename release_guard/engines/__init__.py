@@ -190,7 +190,7 @@ def _measure(job: Job) -> Outcome:
 
     trial = job.trial
     (target,) = (target for target in job.policy.targets if target.name == trial.target)
-    attack = Attack.build(trial.attack)
+    attack = Attack.build(trial.attack).located(job.policy)
     ancestor = _ancestor(job, target) if attack.needs_ancestor else None
     curve: list[Point] = []
     parameters = examples = 0

@@ -1,12 +1,16 @@
+import pico
 import pytest
 import torch
 
 from release_guard.attacks import Attack
 from release_guard.attacks.ablate import _activations, separating
+from release_guard.engines import Job, run_trial
 from release_guard.errors import ModelError, PolicyError
 from release_guard.modalities import Modality
+from release_guard.phases import SEARCH, Folders, Ground
 from release_guard.plugins import Spec
-from release_guard.policy import Budget, Concept
+from release_guard.policy import Budget, Concept, Policy
+from release_guard.publish import check_data
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +147,63 @@ def test_a_model_whose_writers_are_not_known(model, concept, retained):
         block.mlp.down_proj = torch.nn.Sequential(block.mlp.down_proj)
     with pytest.raises(ModelError, match="no linear layer of LlamaDecoderLayer is known to write"):
         ablated(strange, concept, neutral=retained)
+
+
+ALONE = {"name": "ablate", "neutral": "calm.jsonl"}
+IN_A_CHAIN = {"name": "chain", "steps": [{"name": "quantize"}, ALONE]}
+
+
+@pytest.fixture
+def policies(text_data, tmp_path, monkeypatch):
+    """Writes a policy with neutral prompts beside it; nobody works in its folder."""
+    monkeypatch.chdir(text_data)
+
+    def write(attack, *, calm):
+        pico.write_jsonl(tmp_path / "calm.jsonl", pico.phrases("copy", count=300, seed=calm))
+        changes = {
+            "modality": {"name": "causal_lm"},
+            "retain": {"dataset": str(text_data / "retained.jsonl")},
+            "concepts": [
+                {
+                    "name": "reversing",
+                    "dataset": str(text_data / "restricted.jsonl"),
+                    "ceiling": 0.5,
+                }
+            ],
+            "attacks": [attack],
+        }
+        return Policy.load(pico.pico_policy(tmp_path, text_data, **changes))
+
+    return write
+
+
+def trial_of(policy, lm_folder):
+    model = Modality.build(policy.modality).load(str(lm_folder))  # a handle reads a file once
+    ground = Ground.of(model, Folders(lm_folder, lm_folder), policy)
+    (trial,) = ground.trials(SEARCH, "defended", *policy.concepts, policy.attacks, ("fp32",), 0.5)
+    return trial
+
+
+@pytest.mark.parametrize("attack", [ALONE, IN_A_CHAIN])
+def test_neutral_prompts_are_seen_from_the_policy_file(policies, lm_folder, attack):
+    policy = policies(attack, calm=1)
+    outcome = run_trial(Job(trial_of(policy, lm_folder), str(lm_folder), policy))
+    assert (outcome.ending, len(outcome.curve)) == ("survived", 1), outcome.note
+
+
+@pytest.mark.parametrize("attack", [ALONE, IN_A_CHAIN])
+def test_a_trial_tells_what_they_hold_but_not_where_they_lie(policies, lm_folder, attack, tmp_path):
+    one, again, other = (trial_of(policies(attack, calm=calm), lm_folder) for calm in (1, 1, 2))
+    assert one.key == again.key != other.key
+    assert str(tmp_path) not in one.model_dump_json()
+    assert "calm.jsonl" in one.attack.label
+
+
+def test_neutral_prompts_that_cannot_be_read_stop_everything_before_it_starts(
+    policies, lm_folder, tmp_path
+):
+    policy = policies(ALONE, calm=1)
+    (tmp_path / "calm.jsonl").unlink()
+    model = Modality.build(policy.modality).load(str(lm_folder))
+    with pytest.raises(ModelError, match=r"^attacks\[0\]: .*calm\.jsonl: no such file or folder"):
+        check_data(model, policy)
