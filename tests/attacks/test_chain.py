@@ -83,7 +83,7 @@ def test_a_chain_is_what_its_steps_make_of_it(steps, surgical, needs_ancestor, e
     assert attack.needs_ancestor is needs_ancestor
     assert attack.expense == expense
     assert attack.against is None
-    aimed = Chain(steps=attack.steps, stage="sophon")
+    aimed = Attack.build(Spec(name="chain", steps=steps, stage="sophon"))
     assert aimed.against == "sophon"
 
 
