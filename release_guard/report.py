@@ -3,7 +3,7 @@
 Equal evidence gives equal bytes: the only dates are those of the evidence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from release_guard import (
     charts,
@@ -95,7 +95,6 @@ def _headline(evidence: Evidence, verdict: Verdict, policy: Policy, title: str) 
 
 def _meaning(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
     budget = policy.red_team.budget
-    names = ", ".join(target.name for target in policy.targets)
     attacks = [wording.count(_tried(evidence, "listed"), "listed attack")]
     attacks += [
         f"{count} {how}" for origin, how in _OTHERS.items() if (count := _tried(evidence, origin))
@@ -103,8 +102,8 @@ def _meaning(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
     spent = wording.cost(budget.limit, budget.unit)
     tried = (
         "Anyone who downloads a model holds its weights and can train it further. So did a red "
-        f"team here, with {', '.join(attacks)}, each for up to {spent}: it tried to teach the "
-        f"model what the policy restricts ({names}). "
+        f"team here, with {', '.join(attacks)}, each for up to {spent}: it tried "
+        f"{' and '.join(_aims(policy))}. "
     )
     open_checks = sum(check.result is not Result.PASS for check in verdict.checks)
     judged = f"{open_checks} of {wording.count(len(verdict.checks), 'check')}"
@@ -125,6 +124,15 @@ def _meaning(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
         ),
     }
     return tried + outcome[verdict.result]
+
+
+def _aims(policy: Policy) -> Iterator[str]:
+    if policy.concepts:
+        names = ", ".join(concept.name for concept in policy.concepts)
+        yield f"to teach the model what the policy restricts ({names})"
+    if policy.merge_targets:
+        names = ", ".join(target.name for target in policy.merge_targets)
+        yield f"to bring back what it has lost by merging it with other models ({names})"
 
 
 def _tried(evidence: Evidence, origin: Origin) -> int:

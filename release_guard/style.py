@@ -91,7 +91,7 @@ th,td{text-align:left;vertical-align:top;padding:.35rem .6rem;border-bottom:1px 
 overflow-wrap:break-word}
 th{font-weight:600}
 thead th{border-bottom:2px solid var(--soft)}
-td.wide{min-width:13rem}
+td.wide{min-width:10rem}
 td.bad{background:var(--bad)}
 td.good{background:var(--good)}
 td.unsure{background:var(--unsure)}

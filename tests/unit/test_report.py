@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from evidence_builder import (
+    MERGED,
     POLICY,
     Asked,
     evidence,
@@ -315,6 +316,10 @@ def test_the_meaning_counts_what_was_tried():
     said = sections(source_of("rich"))["What this means"]
     assert "16 listed attacks, 20 drawn at random, 1 found by adaptive search" in said
     assert "4 listed attacks, each" in sections(source_of("passing"))["What this means"]
+    merging = "to bring back what it has lost by merging it with other models (maths)"
+    assert merging not in said
+    policy = example_policy(*MERGED)
+    assert merging in sections(page(policy, passing_evidence(policy)))["What this means"]
 
 
 def test_nothing_is_pruned_and_the_ledger_says_so():
