@@ -56,12 +56,16 @@ class Replay:
 
     @property
     def distance(self) -> float | None:
-        """Largest difference of scores; None where the curves do not have the same costs."""
+        """Largest difference of scores; None where the curves do not have the same costs.
+
+        Those on a donor's task are scores as well.
+        """
         before, after = self.record.outcome.curve, self.outcome.curve
         if [_spent(point) for point in before] != [_spent(point) for point in after]:
             return None
-        gaps = (abs(old.score - new.score) for old, new in zip(before, after, strict=True))
-        return max(gaps, default=0.0)
+        pairs = [(old.score, new.score) for old, new in zip(before, after, strict=True)]
+        pairs += zip(_kept(self.record.outcome), _kept(self.outcome), strict=True)
+        return max((abs(old - new) for old, new in pairs), default=0.0)
 
     @property
     def agreement(self) -> Agreement:
@@ -154,6 +158,11 @@ def _require_same(request: Request) -> None:
 def _compare(found: str, wanted: str, what: str) -> None:
     if found != wanted:
         raise IntegrityError(f"{what} (found {found[:16] or 'nothing'}, wanted {wanted[:16]})")
+
+
+def _kept(outcome: Outcome) -> tuple[float, ...]:
+    kept = outcome.kept
+    return (0.0, 0.0) if kept is None else (kept.merged, kept.alone)
 
 
 def _spent(point: Point) -> tuple[int, int, float]:
