@@ -113,7 +113,7 @@ def _by_attack(place: Place) -> Mapping[str, Sequence[Effort | None]]:
 
 
 def _ratios(verdict: Verdict) -> str:
-    head, rows = figures.strength_table(verdict.strengths)
+    head, rows = wording.strength_table(verdict.strengths)
     return _table(head, [(_code(where), *values) for where, *values in rows])
 
 

@@ -92,7 +92,7 @@ def _ratio_picture(strength: Strength, policy: Policy) -> str:
 
 
 def _ratio_rows(strength: Strength) -> Iterable[Row]:
-    for label, value in figures.multipliers(strength).items():
+    for label, value in wording.multipliers(strength).items():
         if value is None or value.estimate is None:
             yield Row(label, "not claimed", None, css="plain")
             continue

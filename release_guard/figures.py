@@ -11,7 +11,7 @@ from release_guard.draws import draws
 from release_guard.evidence import Arm, Ending, Evidence, Origin, Record
 from release_guard.plugins import Spec
 from release_guard.policy import Policy, Precision, Unit
-from release_guard.release import Interval, Strength
+from release_guard.release import Interval
 from release_guard.statistics import (
     Censored,
     Finding,
@@ -241,40 +241,6 @@ def dates(evidence: Evidence, policy: Policy) -> tuple[str, str]:
     if day is None:
         return "unknown", "unknown"
     return day.isoformat(), (day + timedelta(days=policy.gate.valid_days)).isoformat()
-
-
-def multipliers(strength: Strength) -> Mapping[str, Interval | None]:
-    """Ratios of budgets to breach by name; those with an ancestor only where one was attacked."""
-    always = {
-        "kappa": strength.kappa,
-        "sigma": strength.sigma,
-        "head start": strength.head_start,
-        "kappa, long run": strength.long_run,
-    }
-    others = {"over the way out": strength.outside, "ancestor": strength.ancestor}
-    return always | {name: value for name, value in others.items() if value is not None}
-
-
-def strength_table(strengths: Sequence[Strength]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    """Head and rows of everything that compares arms, a row each target and precision."""
-    names = list(dict.fromkeys(name for each in strengths for name in multipliers(each)))
-    head = ["target@precision", *names]
-    rows = [
-        [
-            f"{each.target}@{each.precision}",
-            *(wording.ratio(multipliers(each).get(name)) for name in names),
-        ]
-        for each in strengths
-    ]
-    if any(each.sham is not None for each in strengths):
-        head.append("lead over a sham")
-        for row, each in zip(rows, strengths, strict=True):
-            row.append(wording.difference(each.sham))
-    if any(each.rounding is not None for each in strengths):
-        head.append("kappa, first precision over this")
-        for row, each in zip(rows, strengths, strict=True):
-            row.append("-" if each.rounding is None else wording.amount(each.rounding))
-    return head, rows
 
 
 def found(effort: Effort, unit: Unit) -> str:

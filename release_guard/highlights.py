@@ -99,7 +99,7 @@ def _loss_tile(kept: Utility, *, many: bool) -> str:
 def _all_strengths(verdict: Verdict) -> str:
     if len(verdict.strengths) < 2:  # noqa: PLR2004  one stands in the tiles already
         return ""
-    head, rows = figures.strength_table(verdict.strengths)
+    head, rows = wording.strength_table(verdict.strengths)
     return page.table("Cost multipliers", head, rows)
 
 

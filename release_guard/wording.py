@@ -1,9 +1,10 @@
 """Numbers in words: amounts with their units, shares, ratios and differences with their bounds."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 from release_guard.policy import HUB_PREFIX, Unit
-from release_guard.release import Interval
+from release_guard.release import Interval, Strength
 from release_guard.statistics import Censored
 
 _MINUTE, _HOUR = 60, 3_600
@@ -93,3 +94,37 @@ def between(found: Censored, unit: Unit) -> str:
 def dataset(source: str) -> str:
     """A data set's name; of a local one the file's alone, as its folder is nobody's business."""
     return source if source.startswith(HUB_PREFIX) else PurePath(source).name
+
+
+def multipliers(strength: Strength) -> Mapping[str, Interval | None]:
+    """Ratios of budgets to breach by name; those with an ancestor only where one was attacked."""
+    always = {
+        "kappa": strength.kappa,
+        "sigma": strength.sigma,
+        "head start": strength.head_start,
+        "kappa, long run": strength.long_run,
+    }
+    others = {"over the way out": strength.outside, "ancestor": strength.ancestor}
+    return always | {name: value for name, value in others.items() if value is not None}
+
+
+def strength_table(strengths: Sequence[Strength]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Head and rows of everything that compares arms, a row each target and precision."""
+    names = list(dict.fromkeys(name for each in strengths for name in multipliers(each)))
+    head = ["target@precision", *names]
+    rows = [
+        [
+            f"{each.target}@{each.precision}",
+            *(ratio(multipliers(each).get(name)) for name in names),
+        ]
+        for each in strengths
+    ]
+    if any(each.sham is not None for each in strengths):
+        head.append("lead over a sham")
+        for row, each in zip(rows, strengths, strict=True):
+            row.append(difference(each.sham))
+    if any(each.rounding is not None for each in strengths):
+        head.append("kappa, first precision over this")
+        for row, each in zip(rows, strengths, strict=True):
+            row.append("-" if each.rounding is None else amount(each.rounding))
+    return head, rows
