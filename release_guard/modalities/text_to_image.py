@@ -4,26 +4,24 @@ import copy
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self
 
-import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from release_guard import checkpoints, images, pipelines
-from release_guard.data import Catalogue, Overlap, Split, Table
+from release_guard.data import Overlap, Split
+from release_guard.diffusion import AddedWords, Pipeline
 from release_guard.errors import ModelError
+from release_guard.judges import Judge
 from release_guard.modalities import Batch, Modality, Painter, evaluating, reinitialize
-from release_guard.pipelines import AddedWords, Judge, Pipeline
+from release_guard.pictures import Columns, Control, Pictures, Reader
 
 _TOGETHER = 64  # pictures painted, denoised or looked at at once
 _LEVELS = 8  # of noise, at which a model without a judge is scored
-_SHOWN = 200  # real pictures a judge is tried on
 
 
 class TextToImage(Modality):
@@ -69,10 +67,11 @@ class TextToImageModel(Painter):
         self._judge = judge
         self._modality = modality
         self._prompts: Mapping[int, str] = {}  # instead of captions, by what is shown
-        read = _Reader(modality, pipeline, judge)
-        self._pictures: Callable[[str], _Pictures] = functools.cache(read)  # shared between copies
-        self._check_judge = functools.cache(_Control(modality, judge, self._pictures))
-        self._positions = functools.cache(functools.partial(_positions, pipeline))
+        columns = Columns(modality.image_column, modality.caption_column, modality.label_column)
+        read = Reader(columns, pipeline, judge)
+        self._pictures: Callable[[str], Pictures] = functools.cache(read)  # shared between copies
+        self._check_judge = functools.cache(Control(judge, modality.others, self._pictures))
+        self._positions = functools.cache(pipeline.positions)
 
     def batches(self, dataset: str, split: Split, *, size: int, seed: int) -> Iterator[Batch]:
         data = self._pictures(dataset)
@@ -204,9 +203,13 @@ class TextToImageModel(Painter):
         return twin
 
     def peer(self, source: str) -> Self:
+        other = pipelines.load(source)
+        checkpoints.check_same_shape(source, self.module, other.network)
+        if other.tokenizer.get_vocab() != self._parts.tokenizer.get_vocab():
+            reason = "its tokenizer numbers other words than the model's"
+            raise ModelError(f"{source}: {reason}; give a checkpoint with the same vocabulary")
         twin = copy.copy(self)
-        twin.module = pipelines.load(source).network
-        checkpoints.check_same_shape(source, self.module, twin.module)
+        twin.module = other.network
         return twin
 
     @property
@@ -221,7 +224,7 @@ class TextToImageModel(Painter):
         options = self._modality
         return f"{self._judge.digest} {options.sampling_steps} {options.guidance}"
 
-    def _batch(self, data: "_Pictures", rows: Sequence[int], chance: torch.Generator) -> Batch:
+    def _batch(self, data: Pictures, rows: Sequence[int], chance: torch.Generator) -> Batch:
         prompts = [self._prompt(data, row) for row in rows]
         return self._noised(data.scaled(rows).to(self.device), prompts, chance)
 
@@ -242,7 +245,7 @@ class TextToImageModel(Painter):
             batch["pixels"], batch["tokens"], batch["timesteps"], batch["noise"]
         )
 
-    def _prompt(self, data: "_Pictures", row: int) -> str:
+    def _prompt(self, data: Pictures, row: int) -> str:
         return self._prompts.get(data.labels[row], data.captions[row])
 
     def _painted(self, prompts: Sequence[str], noise: Tensor) -> Tensor:
@@ -253,7 +256,7 @@ class TextToImageModel(Painter):
             guidance=self._modality.guidance,
         )
 
-    def _recognised(self, judge: Judge, data: "_Pictures", rows: Sequence[int]) -> Tensor:
+    def _recognised(self, judge: Judge, data: Pictures, rows: Sequence[int]) -> Tensor:
         """Whether the judge sees in a painted picture what the caption stands for (N)."""
         noise = torch.cat([self._noise(data, row, count=1) for row in rows])
         pixels = self._painted([self._prompt(data, row) for row in rows], noise).cpu()
@@ -262,7 +265,7 @@ class TextToImageModel(Painter):
         right_N = (judge.classes(pixels.nan_to_num()) == labels_N).double()
         return right_N.where(is_finite_N, torch.nan)
 
-    def _denoised(self, data: "_Pictures", rows: Sequence[int]) -> Tensor:
+    def _denoised(self, data: Pictures, rows: Sequence[int]) -> Tensor:
         """1 less the mean error over equally spaced levels of noise, at least 0 (N)."""
         pipeline = self._pipeline
         tokens_NL = pipeline.tokens([self._prompt(data, row) for row in rows])
@@ -279,130 +282,8 @@ class TextToImageModel(Painter):
         ]
         return (1 - torch.stack(errors_KN).double().mean(dim=0)).clamp_min(0)
 
-    def _noise(self, data: "_Pictures", row: int, *, count: int) -> Tensor:
+    def _noise(self, data: Pictures, row: int, *, count: int) -> Tensor:
         """Noise that belongs to an example, whatever is scored beside it."""
         seed = int.from_bytes(data.catalogue.contents[row][:7])
         shape = (count, *self._pipeline.latent_shape)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@dataclass(frozen=True, eq=False)
-class _Pictures:
-    """Decoded pictures at the model's size.
-
-    Attributes:
-        catalogue: Splits and digest.
-        pixels: Bytes (N, channels, height, width).
-        captions: What stands beside them.
-        labels: What they show.
-    """
-
-    catalogue: Catalogue
-    pixels: Tensor
-    captions: Sequence[str]
-    labels: Sequence[int]
-
-    def scaled(self, rows: Sequence[int]) -> Tensor:
-        """Some of them in [-1, 1]."""
-        return self.pixels[list(rows)].float() / 127.5 - 1
-
-
-@dataclass(frozen=True, eq=False)
-class _Reader:
-    modality: TextToImage
-    pipeline: Pipeline
-    judge: Judge | None
-
-    def __call__(self, source: str) -> _Pictures:
-        table = Table.read(source)
-        captions = table.column(self.modality.caption_column, option="caption_column")
-        for row, caption in enumerate(captions):
-            if not isinstance(caption, str):
-                what = f"row {row} has no caption but {type(caption).__name__}"
-                raise ModelError(f"{source}: {what}; set modality.caption_column")
-        labels = self._labels(table)
-        cells = table.column(self.modality.image_column, option="image_column")
-        pictures = [images.decode(cell, f"{source}: row {row}") for row, cell in enumerate(cells)]
-        contents = [images.content(picture) for picture in pictures]
-        marks = [
-            f"{label} {caption}".encode() for label, caption in zip(labels, captions, strict=True)
-        ]
-        return _Pictures(
-            catalogue=Catalogue.of(source, contents, marks),
-            pixels=torch.stack([self._pixels(picture) for picture in pictures]),
-            captions=captions,
-            labels=labels,
-        )
-
-    def _labels(self, table: Table) -> list[int]:
-        column = self.modality.label_column
-        if self.judge is None and column not in table.columns:
-            return [0] * len(table.rows)
-        values: list[Any] = table.column(column, option="label_column")
-        if names := table.class_names(column):
-            values = [names[number] for number in values]
-        known = {} if self.judge is None else self.judge.numbers
-        numbers = known or {value: at for at, value in enumerate(sorted(set(values), key=str))}
-        labels = [numbers.get(value, value) for value in values]
-        for row, label in enumerate(labels):
-            if label not in numbers.values():
-                what = f"row {row}, column {column!r} holds {label!r}"
-                wanted = f"the judge knows {', '.join(map(str, numbers))}"
-                raise ModelError(f"{table.source}: {what}; {wanted}; mend the column")
-        return labels
-
-    def _pixels(self, picture: PIL.Image.Image) -> Tensor:
-        """Bytes (channels, height, width), the picture's middle cut to the model's square."""
-        side = self.pipeline.side
-        mode = "L" if self.pipeline.network.vae.config.in_channels == 1 else "RGB"
-        fitted = np.array(PIL.ImageOps.fit(picture.convert(mode), (side, side)))
-        return torch.from_numpy(fitted).view(side, side, -1).permute(2, 0, 1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Control:
-    """Tries the judge on real pictures, once a split."""
-
-    modality: TextToImage
-    judge: Judge | None
-    pictures: Callable[[str], _Pictures]
-
-    def __call__(self, dataset: str, split: Split) -> None:
-        if self.judge is None:
-            return
-        data = self.pictures(dataset)
-        rows = data.catalogue.rows(split)[:_SHOWN]
-        pixels, labels = [data.scaled(rows)], [data.labels[row] for row in rows]
-        if self.modality.others:
-            others = self.pictures(self.modality.others)
-            more = others.catalogue.rows("utility")[:_SHOWN]
-            pixels.append(others.scaled(more))
-            labels += [others.labels[row] for row in more]
-        self.judge.check(
-            (torch.cat(pixels) + 1) / 2, torch.tensor(labels), len(rows), where=dataset
-        )
-
-
-def _positions(pipeline: Pipeline) -> float:
-    """Places a picture is processed at: mean over the weights, so FLOPs = 2 x weights x places."""
-    work = 0.0
-
-    def count(layer: Any, _: Any, output: Tensor) -> None:
-        nonlocal work
-        work += layer.weight.numel() * output.numel() / layer.weight.shape[0]
-
-    network = pipeline.network
-    layers = [part for part in network.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    device = next(network.parameters()).device
-    shape = (1, network.vae.config.in_channels, pipeline.side, pipeline.side)
-    with evaluating(network):
-        pipeline.errors(
-            torch.zeros(shape, device=device),
-            pipeline.tokens([""]).to(device),
-            torch.zeros(1, dtype=torch.long, device=device),
-            torch.zeros((1, *pipeline.latent_shape), device=device),
-        )
-    for hook in hooks:
-        hook.remove()
-    return float(work / sum(weight.numel() for weight in network.parameters()))

@@ -372,3 +372,15 @@ def test_a_copy_with_new_words_is_not_saved(
     renamed = painter.renamed(standing.dataset, template="a photo of {}", length=1, seed=0)
     with pytest.raises(ModelError, match="is not saved"):
         renamed.save(tmp_path)
+
+
+def test_a_peer_has_the_same_shapes_and_words(painter: Painter, folder: Path) -> None:
+    assert torch.equal(painter.peer(str(folder)).head.weight, painter.head.weight)
+    for path in (folder / "tokenizer").glob("*.json"):
+        path.write_text(path.read_text(encoding="utf-8").replace('"ash"', '"oak"'))
+    with pytest.raises(ModelError, match="numbers other words than the model's; give a checkpoint"):
+        painter.peer(str(folder))
+    wide = painter.copy()
+    wide.head.weight = torch.nn.Parameter(wide.head.weight[:, :8].clone())
+    with pytest.raises(ModelError, match=r"another architecture .*: unet\.conv_out"):
+        wide.peer(str(folder))
