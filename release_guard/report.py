@@ -15,6 +15,7 @@ from release_guard import (
     layers,
     lifetimes,
     matrix,
+    merge_table,
     noise,
     page,
     retained,
@@ -28,6 +29,7 @@ from release_guard.evidence import Evidence, Origin
 from release_guard.figures import ARM_NAMES, ENDINGS
 from release_guard.policy import Policy
 from release_guard.release import Result, Verdict
+from release_guard.usefulness import all_counted
 
 _OTHERS: Mapping[Origin, str] = {
     "drawn": "drawn at random",
@@ -67,6 +69,7 @@ def render(evidence: Evidence, verdict: Verdict, policy: Policy, *, title: str) 
         highlights.section(evidence, verdict, policy),
         *pictures.values(),
         matrix.section(evidence, policy),
+        merge_table.section(evidence, policy),
         tables.not_tested(evidence, verdict, policy),
         tables.not_measured([*missing, *_NEVER_MEASURED]),
         tables.checks(verdict),
@@ -151,11 +154,11 @@ def _ledger(evidence: Evidence) -> str:
         "it. Every trial counts, crashed ones too: a gap in the ledger is never taken for "
         "resistance. None is given up early for looking hopeless, so none is given up wrongly."
     )
-    content = []
+    content, trials = [], tuple(all_counted(evidence.records))
     for arm in figures.arms(evidence):
         endings = [
             figures.ending(record, evidence.ceilings.get(record.trial.target, 0.0))
-            for record in evidence.records
+            for record in trials
             if record.trial.arm == arm
         ]
         counts = [(ending, endings.count(ending)) for ending in ENDINGS]

@@ -9,6 +9,7 @@ from release_guard.page import Cell, bullets, folded, paragraph, section, subhea
 from release_guard.policy import Policy, Unit
 from release_guard.release import Result, Verdict
 from release_guard.sweep import everywhere
+from release_guard.usefulness import all_counted
 
 _UNFOLDED = 40  # longer tables open on demand
 _MEANING = {Result.PASS: "good", Result.FAIL: "bad", Result.INCONCLUSIVE: "unsure"}
@@ -113,11 +114,12 @@ def confirmations(evidence: Evidence, policy: Policy) -> str:
 def ledger(evidence: Evidence) -> str:
     """Trials by arm, origin and ending."""
     rows: list[Sequence[str | Cell]] = []
+    trials = tuple(all_counted(evidence.records))
     for arm in ARMS:
         for origin in ORIGINS:
             outcomes = [
                 figures.ending(record, evidence.ceilings.get(record.trial.target, 0.0))
-                for record in evidence.records
+                for record in trials
                 if (record.trial.arm, record.origin) == (arm, origin)
             ]
             counts = [outcomes.count(ending) for ending in ENDINGS]
@@ -153,11 +155,13 @@ def controls(evidence: Evidence, policy: Policy) -> str:
         "no: the defended files equal the undefended ones" if evidence.change.identical else "yes"
     )
     rows = [("weights changed by the defence", same)]
+    merged = {target.name for target in policy.merge_targets}
     for target in evidence.ceilings:
+        others = "the donor's data" if target in merged else "the retained data"
         exact = evidence.overlap.get(target)
         near = evidence.near_overlap.get(target)
         rows += [
-            (f"{target}: examples that stand in the retained data", _share(exact)),
+            (f"{target}: examples that stand in {others}", _share(exact)),
             (f"{target}: examples with a near duplicate there", _share(near)),
         ]
     for arm, why in evidence.unavailable.items():

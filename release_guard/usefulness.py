@@ -7,7 +7,7 @@ model, by the sum of both scores, or what the donor has by itself, if that is le
 score 0 on the protected task, as models that nobody can use do elsewhere.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from release_guard.distributions import clopper_pearson
 from release_guard.evidence import Record
@@ -70,6 +70,25 @@ def shortfall(record: Record, reference: float | None, ceiling: float) -> float:
     if kept is not None and bar:
         lacks = max(lacks, (bar - kept.merged) / bar)
     return min(1.0, max(0.0, lacks))
+
+
+def all_counted(records: Iterable[Record]) -> Iterator[Record]:
+    """All records of a run as they count, whatever they are about."""
+    found = tuple(records)
+    undefended: dict[tuple[str, str], list[Record]] = {}
+    for record in found:
+        if record.trial.arm == "undefended" and record.outcome.kept is not None:
+            undefended.setdefault(_where(record), []).append(record)
+    references = {where: expected(merges) for where, merges in undefended.items()}
+    for record in found:
+        if record.outcome.kept is None:
+            yield record
+        else:
+            yield counted(record, references.get(_where(record)))
+
+
+def _where(record: Record) -> tuple[str, str]:
+    return record.trial.target, record.trial.precision
 
 
 def counted(record: Record, reference: float | None) -> Record:
