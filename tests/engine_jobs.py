@@ -1,14 +1,17 @@
 """Trials for tests of engines, and the processes that run them."""
 
 import contextlib
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import psutil
+from pydantic import PrivateAttr
 
-from release_guard.engines import Job
-from release_guard.evidence import Trial
+from release_guard.engines import Engine, Job, run_trial
+from release_guard.evidence import Outcome, Trial
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy
+from release_guard.redteam import Session
 
 CANARY = "4c7d-canary"
 """Stands for a credential of the process that starts an engine; no worker may know it."""
@@ -31,6 +34,33 @@ def job(policy: Policy, source: Path, **changes: object) -> Job:
         data="1" * 64,
     )
     return Job(trial.model_copy(update=changes), str(source), policy)
+
+
+class Here(Engine):
+    """Trials in this process, the youngest first: what depends on their order would show."""
+
+    _running: list[Job] = PrivateAttr(default_factory=list)
+
+    @property
+    def running(self) -> Collection[Job]:
+        return self._running
+
+    def start(self, job: Job) -> None:
+        self._running.append(job)
+
+    def ended(self) -> Iterable[tuple[Job, Outcome]]:
+        job = self._running.pop()
+        return [(job, run_trial(job))]
+
+    def close(self) -> None:
+        self._running.clear()
+
+
+class HereSession(Session):
+    """A worker takes seconds to import torch; few tests are about workers."""
+
+    def build_engine(self) -> Engine:
+        return Here(workers=self.workers)
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
