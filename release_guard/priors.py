@@ -4,11 +4,12 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from release_guard.anatomy import anatomy
 from release_guard.attacks import Attack, Choice, LogUniform
 from release_guard.errors import ModelError, PolicyError
 from release_guard.modalities import ModelHandle
 from release_guard.plugins import Spec
-from release_guard.policy import Target
+from release_guard.policy import MergeTarget, Target
 
 Prior = LogUniform | Choice
 Fits = Callable[[Attack], bool]
@@ -84,10 +85,11 @@ def fitting(model: ModelHandle, target: Target) -> Fits:
     """What this model and the examples of this target can take.
 
     By the names that such options have in every attack: `last_k` and `new_blocks` blocks, a `batch`
-    of examples, a new `head`.
+    of examples, a new `head`, parts to `realign` or `swap`.
     """
     most_blocks = len(model.blocks)
     new_head = not _is_tied(model)
+    known_forms = _known_forms(model)
     enough: dict[int, bool] = {}
 
     def fits(attack: Attack) -> bool:
@@ -95,6 +97,8 @@ def fitting(model: ModelHandle, target: Target) -> Fits:
         if max(options.get("last_k", 0), options.get("new_blocks", 0)) > most_blocks:
             return False
         if options.get("head") == "new" and not new_head:
+            return False
+        if not {options.get("realign", "none"), options.get("swap", "none")} <= known_forms:
             return False
         size = options.get("batch", 1)
         if size not in enough:
@@ -131,11 +135,25 @@ def _pick(values: Sequence[Any], stream: random.Random) -> Any:
 
 
 def _has_batch(model: ModelHandle, target: Target, size: int) -> bool:
+    """Of the target's examples, and of the donor's where there is one."""
+    sources = [target.dataset]
+    sources += [target.donor_dataset] if isinstance(target, MergeTarget) else []
     try:
-        model.batches(target.dataset, "attack", size=size, seed=0)
+        for source in sources:
+            model.batches(source, "attack", size=size, seed=0)
     except ModelError:
         return False
     return True
+
+
+def _known_forms(model: ModelHandle) -> set[str]:
+    """Ways to realign or swap a model's parts; of one whose parts are not known, none."""
+    try:
+        body = anatomy(model.module)
+    except ModelError:
+        return {"none"}
+    parts = {"none", "anchored", "joint", "attention", "mlp"}
+    return parts if body.stream is None else parts | {"rotated"}
 
 
 def _is_tied(model: ModelHandle) -> bool:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from evidence_builder import MERGED, example_policy
 
 from release_guard.attacks import Attack, Choice, LogUniform
 from release_guard.modalities import Modality
@@ -111,6 +112,21 @@ def test_it_attacks_every_concept(attack, concept):
         red_team = SimpleNamespace(ancestor="undefended")
 
     assert attack.targets(Both()) == (concept,)
+
+
+@pytest.mark.parametrize("ancestor", [None, "undefended"])
+@pytest.mark.parametrize("chained", [False, True])
+def test_the_gate_knows_by_its_name_what_it_attacks(attack, ancestor, chained):
+    """It judges without torch, so it cannot ask the attack."""
+    spec = Spec(name=attack.name, **REQUIRED.get(attack.name, {}))
+    if chained and attack.name != "chain":
+        first = {"name": "weight_noise"}
+        spec = Spec(name="chain", steps=[first, spec.model_dump()])
+    known = example_policy(*MERGED)
+    red_team = known.red_team.model_copy(update={"ancestor": ancestor})
+    policy = known.model_copy(update={"attacks": (spec,), "red_team": red_team})
+    aimed = [target for target in policy.targets if policy.aimed_at(target)]
+    assert aimed == list(Attack.build(spec).targets(policy))
 
 
 def test_what_it_was_given_is_left_bit_identical(attack, model, concept):

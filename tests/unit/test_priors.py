@@ -10,7 +10,7 @@ import pytest
 from release_guard.attacks import Attack
 from release_guard.modalities import Modality, ModelHandle
 from release_guard.plugins import Spec
-from release_guard.policy import Policy, Target
+from release_guard.policy import MergeTarget, Policy, Target
 from release_guard.priors import drawable, draws, fitting, priors, searchable
 
 LISTED = (Spec(name="finetune"), Spec(name="lora", layers=["value"]), Spec(name="weight_noise"))
@@ -82,6 +82,31 @@ def test_only_what_the_model_has_is_asked_of_it(model: ModelHandle, target: Targ
     assert not fits(Attack.build(Spec(name="finetune", last_k=4)))
     assert not fits(Attack.build(Spec(name="finetune", new_blocks=3)))
     assert not fits(Attack.build(Spec(name="finetune", batch=10_000)))
+
+
+def test_merges_realign_only_what_is_known(
+    model: ModelHandle, resnet_folder: Path, target: Target
+) -> None:
+    other = Modality.build(Spec(name="image_classification")).load(str(resnet_folder))
+    for option in ({"realign": "joint"}, {"realign": "rotated"}, {"swap": "mlp"}):
+        attack = Attack.build(Spec(name="merge", **{"realign": "none", **option}))
+        assert fitting(model, target)(attack)
+        assert not fitting(other, target)(attack)
+    assert fitting(other, target)(Attack.build(Spec(name="merge", realign="none")))
+
+
+def test_a_batch_is_asked_of_the_donors_examples_too(
+    model: ModelHandle, target: Target, image_data: Path, tmp_path: Path
+) -> None:
+    few = pico.image_data(tmp_path / "few", count=30) / "retained.parquet"
+    attack = Attack.build(Spec(name="merge_with_data", batch=32))
+    for source, enough in ((image_data / "retained.parquet", True), (few, False)):
+        merged = MergeTarget(
+            **target.model_dump(include={"name", "dataset", "ceiling"}),
+            donor="donor",
+            donor_dataset=str(source),
+        )
+        assert fitting(model, merged)(attack) is enough
 
 
 def test_a_tied_head_cannot_be_new(text_data: Path, tmp_path: Path, target: Target) -> None:
