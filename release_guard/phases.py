@@ -51,7 +51,7 @@ MIDPOINT = Phase("find the midpoint", "listed", "search", stops=False)
 SEARCH = Phase("attack the release", "listed", "search")
 DRAW = Phase("draw attacks at random", "drawn", "search", own_seed=True)
 ADAPT = Phase("search for attacks", "searched", "search", own_seed=True)
-RECOVER = Phase("recover what collapsed", "tuned", "search", urgent=True)
+RECOVER = Phase("recover what came to nothing", "tuned", "search", urgent=True)
 CONFIRM = Phase(
     "confirm a finding", "confirming", "confirm", offset=1_000, stops=False, urgent=True
 )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from release_guard import __version__
 from release_guard.adaptive import Tried, loss, propose
 from release_guard.attacks import Attack
-from release_guard.engines import Engine, Job
+from release_guard.engines import OUT_OF_MEMORY, Engine, Job
 from release_guard.errors import ModelError
 from release_guard.evidence import (
     Arm,
@@ -60,6 +60,7 @@ from release_guard.search import (
     pool,
     ranked,
     retuned,
+    smaller,
 )
 from release_guard.statistics import best_score, breached, confirm, flagged
 from release_guard.usefulness import counted, expected, shortfall
@@ -280,10 +281,16 @@ class _Team:
         return found
 
     def _recovered(self, record: Record) -> Iterator[Record]:
-        """One more attempt at what collapsed: an attacker would not leave it at that."""
-        calmer = gentler(record.trial.attack) if record.outcome.ending == "collapsed" else None
-        if calmer is not None:
-            trial = record.trial.model_copy(update={"attack": calmer})
+        """One more attempt at what collapsed, or found too little memory twice.
+
+        An attacker would not leave it at that.
+        """
+        attack, outcome = record.trial.attack, record.outcome
+        other = gentler(attack) if outcome.ending == "collapsed" else None
+        if outcome.note.startswith(OUT_OF_MEMORY):
+            other = smaller(attack)
+        if other is not None:
+            trial = record.trial.model_copy(update={"attack": other})
             yield from self._finish(RECOVER, [trial])
 
     def _breaches(self, record: Record) -> bool:

@@ -72,6 +72,12 @@ def gentler(spec: Spec) -> Spec | None:
     return spec.changed(**calmer)
 
 
+def smaller(spec: Spec) -> Spec | None:
+    """The attack that needs less memory: batches of half the size."""
+    batch = getattr(Attack.build(spec.parts[-1] if spec.parts else spec), "batch", 1)
+    return spec.changed(batch=batch // 2) if batch > 1 else None
+
+
 def from_scratch(attacks: Iterable[Spec]) -> tuple[Spec, ...]:
     """The listed attacks that make sense on random weights: full fine-tuning, whatever the head."""
     scoped = (spec for spec in attacks if spec.name == FROM_SCRATCH)

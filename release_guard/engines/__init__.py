@@ -58,7 +58,8 @@ class Engine(Plugin):
     """Runs trials in workers of its own; leaving the context kills whatever is running.
 
     A trial that loses its worker or its memory is run once more, with nothing beside it, so as it
-    was: a smaller batch would be another trial. Then it has failed.
+    was: a smaller batch would be another trial, which is the red team's business. Then it has
+    failed.
     """
 
     workers: int = Field(default=1, ge=1)

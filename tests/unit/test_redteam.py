@@ -1,21 +1,22 @@
 """The red team on pico models: which arm meets which attack, what is kept, what ends it."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pico
 import pytest
-from pydantic import PrivateAttr
+import torch
+from engine_jobs import HereSession
 
-from release_guard.engines import Engine, Job, run_trial
-from release_guard.evidence import Evidence, Outcome, Record
+from release_guard.attacks.finetune import Finetune
+from release_guard.evidence import Evidence, Record
 from release_guard.ledger import Ledger
 from release_guard.modalities import Modality
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
-from release_guard.redteam import Session, Subject, red_team
+from release_guard.redteam import Subject, red_team
 
 FAST = {"name": "finetune", "optimizer": "adam", "lr": 0.003, "batch": 32}
 SLOW = {"name": "finetune", "optimizer": "sgd", "lr": 1e-6, "batch": 32}
@@ -30,31 +31,6 @@ SMALL = {
 }
 
 Team = Callable[..., tuple[Evidence, list[str]]]
-
-
-class Here(Engine):
-    """Trials in this process, the youngest first: what depends on their order would show."""
-
-    _running: list[Job] = PrivateAttr(default_factory=list)
-
-    @property
-    def running(self) -> Collection[Job]:
-        return self._running
-
-    def start(self, job: Job) -> None:
-        self._running.append(job)
-
-    def ended(self) -> Iterable[tuple[Job, Outcome]]:
-        job = self._running.pop()
-        return [(job, run_trial(job))]
-
-    def close(self) -> None:
-        self._running.clear()
-
-
-class HereSession(Session):
-    def build_engine(self) -> Engine:
-        return Here(workers=self.workers)
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +184,29 @@ def test_a_collapse_gets_one_more_attempt(team: Team, ignorant: Path) -> None:
     (attempt,) = of(evidence, "defended", "tuned")
     assert attempt.trial.attack.options == {**collapsed.trial.attack.options, "lr": 3e29, "clip": 1}
     assert attempt.trial.seed == collapsed.trial.seed
+
+
+def test_what_runs_out_of_memory_is_tried_again_with_half_the_batch(
+    team: Team, ignorant: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both count: the one that failed, and the smaller one, which may breach."""
+    fits = Finetune.tamper
+
+    def tamper(attack: Finetune, *arguments: Any, **options: Any) -> Any:
+        if attack.batch > 16:
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+        return fits(attack, *arguments, **options)
+
+    monkeypatch.setattr(Finetune, "tamper", tamper)
+    evidence, _ = team(ignorant, attacks=[{**FAST, "lr": 0.0029}])  # in no other test's ledger
+
+    (failed,) = of(evidence, "defended", "listed")
+    (attempt,) = of(evidence, "defended", "tuned")
+    assert failed.outcome.ending == "failed"
+    assert failed.outcome.note.startswith("out of memory: tried to allocate 80 GiB")
+    assert failed.outcome.note.endswith("twice; the second time nothing else was running")
+    assert attempt.trial.attack.options == {**failed.trial.attack.options, "batch": 16}
+    assert attempt.outcome.ending in {"survived", "breached"}
 
 
 def test_the_ancestor_is_given_to_attacks_that_need_it(

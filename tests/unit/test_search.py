@@ -8,7 +8,15 @@ import pytest
 from release_guard.evidence import Cost, Outcome, Point, Record, Trial
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy
-from release_guard.search import best_of_each_family, from_scratch, gentler, listed, ranked, retuned
+from release_guard.search import (
+    best_of_each_family,
+    from_scratch,
+    gentler,
+    listed,
+    ranked,
+    retuned,
+    smaller,
+)
 
 
 def record(spec: Spec, *, breach: int | None, height: float = 0.9, seed: int = 0) -> Record:
@@ -81,6 +89,17 @@ def test_a_chain_recovers_by_its_last_step() -> None:
     assert calmer.label == "rescale > finetune(clip=1.0, lr=0.03)"
     surgical = Spec(name="chain", steps=[{"name": "rescale"}, {"name": "weight_noise"}])
     assert gentler(surgical) is None
+
+
+def test_less_memory_takes_half_the_batch() -> None:
+    assert smaller(Spec(name="finetune", batch=256)) == Spec(name="finetune", batch=128)
+    assert smaller(Spec(name="finetune")) == Spec(name="finetune", batch=16)
+    chain = Spec(name="chain", steps=[{"name": "rescale"}, {"name": "finetune", "batch": 8}])
+    halved = smaller(chain)
+    assert halved is not None
+    assert halved.label == "rescale > finetune(batch=4)"
+    assert smaller(Spec(name="finetune", batch=1)) is None
+    assert smaller(Spec(name="weight_noise")) is None
 
 
 def test_ranking_takes_the_geometric_mean_over_seeds() -> None:
