@@ -48,14 +48,33 @@ def require(holds, what):
         raise WrongError(what)
 
 
+def bundle(payload, signature, public):
+    """The one way to write it down: what else stood there would be signed by nobody."""
+    pem = public.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    written = {
+        "mediaType": MEDIA,
+        "verificationMaterial": {
+            "publicKey": {"hint": hashlib.sha256(pem).hexdigest()},
+            "tlogEntries": [],
+        },
+        "dsseEnvelope": {
+            "payload": base64.b64encode(payload).decode(),
+            "payloadType": KIND.decode(),
+            "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}],
+        },
+    }
+    return json.dumps(written, sort_keys=True, separators=(",", ":")).encode()
+
+
 def statement(path, public):
     """Verify a bundle and give the statement in it."""
-    bundle = json.loads(path.read_bytes())
-    require(bundle["mediaType"] == MEDIA, f"{path.name}: media type")
-    envelope = bundle["dsseEnvelope"]
+    source = path.read_bytes()
+    envelope = json.loads(source)["dsseEnvelope"]
     (signature,) = envelope["signatures"]
-    require(envelope["payloadType"].encode() == KIND, f"{path.name}: payload type")
     payload = base64.b64decode(envelope["payload"], validate=True)
+    require(source == bundle(payload, base64.b64decode(signature["sig"]), public), path.name)
     signed = b" ".join([b"DSSEv1", b"%d" % len(KIND), KIND, b"%d" % len(payload), payload])
     try:
         public.verify(base64.b64decode(signature["sig"]), signed, ec.ECDSA(hashes.SHA256()))
