@@ -94,6 +94,7 @@ def test_a_donor_of_other_shapes(
 ) -> None:  # fmt: skip
     source = str(image_data / "restricted.parquet")
     target = {"name": "merged", "dataset": source, "ceiling": 0.6, "donor": str(resnet_folder)}
+    target["donor_dataset"] = str(image_data / "retained.parquet")
     with pytest.raises(ModelError, match=resnet_folder.name):
         prepare(
             Order(str(classifier_folder), "acme/m", policies(merge_targets=[target])),

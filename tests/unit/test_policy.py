@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from evidence_builder import POLICY
+from evidence_builder import MERGED, POLICY, example_policy
 
 from release_guard.check import problems
 from release_guard.errors import PolicyError
@@ -165,6 +165,35 @@ def test_midpoint_needs_a_model_that_never_knew(tmp_path: Path) -> None:
     )
 
     assert "needs the never-knew arm" in complaints(text, tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("ceiling = 0.5", 'ceiling = "midpoint"', "merge_targets[0].ceiling: found 'midpoint'"),
+        ('donor_dataset = "poems.parquet"', "", "merge_targets[0].donor_dataset: missing"),
+        ('donor = "donor"', "", "merge_targets[0].donor: missing"),
+        ('donor = "donor"', 'donor = "donor"\ndoner = "x"', "did you mean 'donor'"),
+        ('name = "maths"', 'name = "footwear"', "two targets are called 'footwear'"),
+    ],
+)
+def test_wrong_merge_targets(old: str, new: str, told: str, tmp_path: Path) -> None:
+    (place, merged), _ = MERGED
+    assert old in merged
+    (line,) = complaints(POLICY.replace(place, merged.replace(old, new)), tmp_path)
+    assert told in line
+
+
+def test_attacks_are_aimed_by_what_they_end_in() -> None:
+    merges = ("merge(method=linear)", "merge(method=ties)", "prune > merge_with_data")
+    policy = example_policy(*MERGED)
+    concept, merge = policy.targets
+    assert tuple(spec.label for spec in policy.aimed_at(merge)) == merges
+    others = tuple(spec for spec in policy.attacks if spec.label not in merges)
+    assert policy.aimed_at(concept) == others
+    public = example_policy(*MERGED, ("sham = false", 'sham = false\nancestor = "undefended"'))
+    assert public.aimed_at(concept) == public.attacks
+    assert tuple(spec.label for spec in public.aimed_at(merge)) == merges
 
 
 def test_missing_file_is_one_line(tmp_path: Path) -> None:
