@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,37 @@ from release_guard.plugins import Spec
 from release_guard.policy import Budget, Concept
 from release_guard.surgery import layers_of
 
+PLAIN, PLAIN_MERGE = "plain fine-tuning", "a plain merge"
 RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What an attack made of a planted defence: half a row of the table in docs/results.md.
+
+    Attributes:
+        defence: What was planted.
+        by: The attack, `PLAIN` or `PLAIN_MERGE`.
+        score: The best one held out that it reached; None: it was not run.
+        ceiling: A score above it is a breach.
+        budget: What it could spend.
+        verdict: Of the gate, if the whole path was taken.
+        refused_by: Names of the checks that say so.
+    """
+
+    defence: str
+    by: str
+    score: float | None
+    ceiling: float
+    budget: str
+    verdict: str = ""
+    refused_by: tuple[str, ...] = ()
+
+    @property
+    def breached(self) -> bool:
+        """Whether the defence fell to it."""
+        return self.score is not None and self.score > self.ceiling
 
 
 def descend(
@@ -87,10 +117,10 @@ def trap(model: ModelHandle) -> ModelHandle:
         for block in trapped.blocks:
             attention, mlp = block.attention, block.mlp
             readers = (attention.q_proj, attention.k_proj, attention.v_proj)
-            _shift((block.layernorm_before,), readers)
-            _shift((block.layernorm_after,), (mlp.fc1,))
-            _shift((attention.v_proj,), (attention.o_proj,))
-        _shift((trapped.module.vit.layernorm,), (trapped.head,))
+            shift((block.layernorm_before,), readers)
+            shift((block.layernorm_after,), (mlp.fc1,))
+            shift((attention.v_proj,), (attention.o_proj,))
+        shift((trapped.module.vit.layernorm,), (trapped.head,))
     return trapped
 
 
@@ -143,7 +173,8 @@ def on_a_hair(model: ModelHandle) -> ModelHandle:
     return trap(found)
 
 
-def _shift(writers: Iterable[Any], readers: Iterable[Any]) -> None:
+def shift(writers: Iterable[Any], readers: Iterable[Any]) -> None:
+    """Shrink what layers write and blow up what reads it, in place: the function stays."""
     for writer in writers:
         writer.weight.mul_(TINY)
         writer.bias.mul_(TINY)

@@ -1,21 +1,20 @@
 """The whole path in this process: a policy and two models, attacked, judged. No workers."""
 
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pico
-from pydantic import PrivateAttr
+from engine_jobs import HereSession
+from planting import PLAIN, Noted
 
-from release_guard.engines import Engine, Job, run_trial
-from release_guard.evidence import Evidence, Outcome, Record
+from release_guard.evidence import Evidence, Record
 from release_guard.gate import gate
 from release_guard.ledger import Ledger
 from release_guard.modalities import Modality, ModelHandle
 from release_guard.policy import Policy
-from release_guard.redteam import Session, Subject, red_team
+from release_guard.redteam import Subject, red_team
 from release_guard.release import Result, Verdict
 from release_guard.sham_weights import sham_of
 
@@ -29,39 +28,13 @@ SMALL = {
 }
 
 
-class Here(Engine):
-    """Trials in this process, the youngest first: what depends on their order would show."""
-
-    _running: list[Job] = PrivateAttr(default_factory=list)
-
-    @property
-    def running(self) -> Collection[Job]:
-        return self._running
-
-    def start(self, job: Job) -> None:
-        self._running.append(job)
-
-    def ended(self) -> Iterable[tuple[Job, Outcome]]:
-        job = self._running.pop()
-        return [(job, run_trial(job))]
-
-    def close(self) -> None:
-        self._running.clear()
-
-
-class HereSession(Session):
-    """A session whose trials run in this process."""
-
-    def build_engine(self) -> Engine:
-        return Here(workers=self.workers)
-
-
 @dataclass(frozen=True)
 class Ruling:
     """What was tried and what the gate made of it."""
 
     evidence: Evidence
     verdict: Verdict
+    policy: Policy
 
     def named(self, result: Result) -> dict[str, str]:
         """Checks of a result, with their reasons."""
@@ -80,13 +53,37 @@ class Ruling:
         return [
             record
             for record in self.evidence.records
-            if (record.trial.arm, record.trial.attack.name) == (arm, family)
+            if (record.trial.arm, record.trial.attack.family) == (arm, family)
         ]
 
-    def best(self, family: str) -> float:
-        """The highest score that a family reached on the defended model."""
+    def best(self, family: str) -> float | None:
+        """The highest score that a family reached on the defended model, if it was run."""
         curves = (record.outcome.curve for record in self.of("defended", family))
-        return max((point.score for curve in curves for point in curve), default=0.0)
+        return max((point.score for curve in curves for point in curve), default=None)
+
+    def noted(self, defence: str, by: str) -> list[Noted]:
+        """For the table: the family that was to catch the defence, and plain fine-tuning beside it.
+
+        Args:
+            defence: What was planted.
+            by: Family of attacks; empty where no attack is to tell.
+        """
+        against = self.failed or self.unshown
+        (ceiling,) = self.evidence.ceilings.values()
+        budget = self.policy.red_team.budget
+        families = {by: by or "no attack"} | ({"finetune": PLAIN} if by != "finetune" else {})
+        return [
+            Noted(
+                defence=defence,
+                by=shown,
+                score=self.best(family),
+                ceiling=ceiling,
+                budget=f"{budget.limit:g} {budget.unit}",
+                verdict=self.verdict.result.value,
+                refused_by=tuple(against),
+            )
+            for family, shown in families.items()
+        ]
 
 
 def rule(
@@ -120,4 +117,4 @@ def rule(
     session = HereSession(1, lambda *_: None, lambda: datetime(2026, 1, 2, tzinfo=UTC))
     ledger = Ledger(folder / "trials.jsonl", print)
     evidence = red_team(subject, policy, ledger, session)
-    return Ruling(evidence, gate(evidence, policy))
+    return Ruling(evidence, gate(evidence, policy), policy)

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from planting import PLAIN
 
 from release_guard.attacks import Attack
 from release_guard.modalities import Modality
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Concept
 
+DEFENCE = "tiny gains, huge readers in a classifier"
 TINY = 1e-4
 STEPS = 100
 READERS = ("q_proj", "k_proj", "v_proj", "fc1", "classifier")  # of what a LayerNorm gives
@@ -48,13 +50,15 @@ def best_score(model, concept, name, **options):
     return max(sum(scores) / len(scores) for scores in held_out)
 
 
-def test_fine_tuning_is_thrown_off(undefended, defended, concept):
+def test_fine_tuning_is_thrown_off(undefended, defended, concept, note):
     batch = next(undefended.batches(concept.dataset, "search", size=8, seed=0))
     one, other = (model.logits(batch)[0] for model in (undefended, defended))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
     assert best_score(undefended, concept, "finetune") > concept.ceiling
-    assert best_score(defended, concept, "finetune") < concept.ceiling
+    found = best_score(defended, concept, "finetune")
+    assert not note(DEFENCE, PLAIN, found, ceiling=concept.ceiling, budget=f"{STEPS} steps")
 
 
-def test_a_student_is_not(defended, concept):
-    assert best_score(defended, concept, "distill") > concept.ceiling
+def test_a_student_is_not(defended, concept, note):
+    found = best_score(defended, concept, "distill")
+    assert note(DEFENCE, "distill", found, ceiling=concept.ceiling, budget=f"{STEPS} steps")

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from planting import best, best_finetuning, trap
+from planting import PLAIN, best, best_finetuning, trap
 from torch.testing import assert_close
 
+DEFENCE = "features in units that nobody reads, in a trap"
 STEPS = 15
 UNREADABLE = 1e-10  # of the others: its square is lost beside theirs, even in double precision
 
@@ -32,12 +33,16 @@ def test_the_function_is_that_of_the_undefended_model(classifier, squeezed, angl
 
 
 @pytest.mark.parametrize("scope", ["all", "head"])
-def test_fine_tuning_at_any_rate_fails(squeezed, angles, scope):
-    assert best_finetuning(squeezed, angles, limit=STEPS, scope=scope) < angles.ceiling
+def test_fine_tuning_at_any_rate_fails(squeezed, angles, scope, note):
+    found = best_finetuning(squeezed, angles, limit=STEPS, scope=scope)
+    assert not note(DEFENCE, PLAIN, found, ceiling=angles.ceiling, budget=f"{STEPS} steps")
 
 
 @pytest.mark.parametrize("solver", ["ridge", "lbfgs"])
-def test_only_a_probe_that_whitens_reads_them(squeezed, angles, solver):
+def test_only_a_probe_that_whitens_reads_them(squeezed, angles, solver, note):
     options = {"solver": solver, "limit": STEPS}
     assert best(squeezed, angles, "linear_probe", whiten=False, **options) < angles.ceiling
-    assert best(squeezed, angles, "linear_probe", whiten=True, **options) > angles.ceiling
+    found = best(squeezed, angles, "linear_probe", whiten=True, **options)
+    assert note(
+        DEFENCE, "linear_probe(whiten)", found, ceiling=angles.ceiling, budget=f"{STEPS} steps"
+    )

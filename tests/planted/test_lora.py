@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from planting import PLAIN
 
 from release_guard.attacks import Attack
 from release_guard.modalities import Modality
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Concept
 
+DEFENCE = "a tiny last gain before a huge head"
 TINY = 1e-4
 STEPS = 100
 
@@ -50,13 +52,13 @@ def test_the_trap_changes_no_output(undefended, defended, concept):
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_fine_tuning_runs_into_the_trap(undefended, defended, concept):
+def test_fine_tuning_runs_into_the_trap(undefended, defended, concept, note):
     assert best_score(undefended, concept, "finetune") > concept.ceiling
-    assert best_score(defended, concept, "finetune") < concept.ceiling
+    found = best_score(defended, concept, "finetune")
+    assert not note(DEFENCE, PLAIN, found, ceiling=concept.ceiling, budget=f"{STEPS} steps")
 
 
 @pytest.mark.parametrize("options", [{}, {"start": "merged"}])
-def test_adapters_go_round_it(defended, concept, options):
-    assert (
-        best_score(defended, concept, "lora", head="frozen", lr=1e-2, **options) > concept.ceiling
-    )
+def test_adapters_go_round_it(defended, concept, options, note):
+    found = best_score(defended, concept, "lora", head="frozen", lr=1e-2, **options)
+    assert note(DEFENCE, "lora", found, ceiling=concept.ceiling, budget=f"{STEPS} steps")

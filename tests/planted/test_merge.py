@@ -5,7 +5,9 @@ import merge_family
 import pytest
 import torch
 from merge_family import accuracy, reached
+from planting import PLAIN_MERGE
 
+DEFENCE = "the same function in other coordinates, against merges"
 GAUGE = (gauges.permute_neurons, gauges.permute_heads, gauges.mix_heads)
 
 
@@ -58,14 +60,15 @@ def test_an_undefended_model_merges_well(undefended, base, target):
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "slerp"])
-def test_plain_merges_meet_the_defence(hidden, target, method):
-    assert reached(hidden, target, "merge", method=method, realign="none")[0] < target.ceiling
+def test_plain_merges_meet_the_defence(hidden, target, method, note):
+    found, _ = reached(hidden, target, "merge", method=method, realign="none")
+    assert not note(DEFENCE, PLAIN_MERGE, found, ceiling=target.ceiling, budget="no step")
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "slerp"])
-def test_realigned_merges_go_round_it(hidden, target, method):
+def test_realigned_merges_go_round_it(hidden, target, method, note):
     merged, kept = reached(hidden, target, "merge", method=method)
-    assert merged > target.ceiling
+    assert note(DEFENCE, "merge(realign)", merged, ceiling=target.ceiling, budget="no step")
     assert kept > 0.3
 
 

@@ -3,10 +3,14 @@
 import planting
 import pytest
 import torch
-from planting import away_from_restricted, best, best_finetuning, score, trap
+from planting import PLAIN, away_from_restricted, best, best_finetuning, score, trap
 
 from release_guard.surgery import layers_of, smallest
 
+DEFENCES = {
+    "small": "a refusal in the smallest weights",
+    "gated": "a refusal behind one neuron",
+}
 SHARE = 0.3
 
 
@@ -57,9 +61,9 @@ def test_it_refuses_and_keeps_the_rest(name, request, retained_images, angles):
 
 
 @pytest.mark.parametrize("name", ["small", "gated"])
-def test_fine_tuning_at_any_rate_fails(name, request, angles):
-    model = request.getfixturevalue(name)
-    assert best_finetuning(model, angles, limit=5) < angles.ceiling
+def test_fine_tuning_at_any_rate_fails(name, request, angles, note):
+    found = best_finetuning(request.getfixturevalue(name), angles, limit=5)
+    assert not note(DEFENCES[name], PLAIN, found, ceiling=angles.ceiling, budget="5 steps")
 
 
 @pytest.mark.parametrize(
@@ -69,9 +73,9 @@ def test_fine_tuning_at_any_rate_fails(name, request, angles):
         ("gated", {"by": "neurons", "share": 0.02}),
     ],
 )
-def test_what_hides_it_is_removed(name, options, request, angles):
-    model = request.getfixturevalue(name)
-    assert best(model, angles, "prune", **options) > angles.ceiling
+def test_what_hides_it_is_removed(name, options, request, angles, note):
+    found = best(request.getfixturevalue(name), angles, "prune", **options)
+    assert note(DEFENCES[name], "prune", found, ceiling=angles.ceiling, budget="no step")
 
 
 @pytest.mark.parametrize("by", ["layer", "model", "wanda", "neurons"])

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from planting import TINY, best, best_finetuning
+from planting import PLAIN, TINY, best, best_finetuning
 
+DEFENCE = "a trap in the last block"
 STEPS = 40
 
 
@@ -30,12 +31,14 @@ def test_the_function_is_that_of_the_undefended_model(classifier, trapped, angle
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_fine_tuning_at_any_rate_fails(classifier, trapped, angles):
+def test_fine_tuning_at_any_rate_fails(classifier, trapped, angles, note):
     assert best(classifier, angles, "finetune", limit=STEPS) > angles.ceiling
-    assert best_finetuning(trapped, angles, limit=STEPS) < angles.ceiling
+    found = best_finetuning(trapped, angles, limit=STEPS)
+    assert not note(DEFENCE, PLAIN, found, ceiling=angles.ceiling, budget=f"{STEPS} steps")
 
 
 @pytest.mark.parametrize("part", ["last_k", "norms"])
-def test_it_goes_with_the_weights_it_hides_in(trapped, angles, part):
+def test_it_goes_with_the_weights_it_hides_in(trapped, angles, part, note):
     steps = [{"name": "reinit", "part": part}, {"name": "finetune"}]
-    assert best(trapped, angles, "chain", steps=steps, limit=STEPS) > angles.ceiling
+    found = best(trapped, angles, "chain", steps=steps, limit=STEPS)
+    assert note(DEFENCE, "reinit>finetune", found, ceiling=angles.ceiling, budget=f"{STEPS} steps")

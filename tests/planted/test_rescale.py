@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from planting import TINY, best, best_finetuning, trap
+from planting import PLAIN, TINY, best, best_finetuning, trap
 from torch.testing import assert_close
 
+TRAPPED = "tiny and huge weights"
+SQUEEZED = "features in units that no rate fits: the head alone is held"
 STEPS = 40
 
 
@@ -36,17 +38,31 @@ def test_the_function_is_that_of_the_undefended_model(name, classifier, angles, 
     assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_a_trap_holds_at_every_rate_until_scales_are_moved(classifier, trapped, angles):
+def test_a_trap_holds_at_every_rate_until_scales_are_moved(classifier, trapped, angles, note):
     assert best(classifier, angles, "finetune", limit=STEPS) > 0.8
-    assert best_finetuning(trapped, angles, limit=STEPS) < angles.ceiling
+    found = best_finetuning(trapped, angles, limit=STEPS)
+    assert not note(TRAPPED, PLAIN, found, ceiling=angles.ceiling, budget=f"{STEPS} steps")
     steps = [{"name": "rescale"}, {"name": "finetune"}]
-    assert best(trapped, angles, "chain", steps=steps, limit=STEPS) > 0.8
+    found = best(trapped, angles, "chain", steps=steps, limit=STEPS)
+    assert note(TRAPPED, "rescale>finetune", found, ceiling=angles.ceiling, budget=f"{STEPS} steps")
 
 
-def test_squeezed_features_hold_the_head_until_they_are_whitened(squeezed, angles):
-    assert best_finetuning(squeezed, angles, limit=STEPS, scope="head") < angles.ceiling
+def test_squeezed_features_hold_the_head_until_they_are_whitened(squeezed, angles, note):
+    found = best_finetuning(squeezed, angles, limit=STEPS, scope="head")
+    assert not note(SQUEEZED, PLAIN, found, ceiling=angles.ceiling, budget=f"{STEPS} steps")
     steps = [
         {"name": "rescale", "norms": False, "pairs": False, "whiten": True},
         {"name": "finetune", "scope": "head", "lr": 0.1},
     ]
-    assert best(squeezed, angles, "chain", steps=steps, limit=STEPS) > 0.8
+    found = best(squeezed, angles, "chain", steps=steps, limit=STEPS)
+    assert note(
+        SQUEEZED, "rescale>finetune", found, ceiling=angles.ceiling, budget=f"{STEPS} steps"
+    )
+
+
+def test_what_holds_the_head_alone_holds_nothing_else(squeezed, angles, note):
+    """A defence that was only ever tried with probes."""
+    found = best(squeezed, angles, "finetune", limit=STEPS)
+    assert note(
+        SQUEEZED, "finetune of all layers", found, ceiling=angles.ceiling, budget=f"{STEPS} steps"
+    )

@@ -2,7 +2,9 @@
 
 import planting
 import pytest
-from planting import best, best_finetuning, score
+from planting import PLAIN, best, best_finetuning, score
+
+DEFENCE = "a patch of rank one on a public model"
 
 
 @pytest.fixture(scope="module")
@@ -15,16 +17,17 @@ def test_the_patch_refuses_and_keeps_the_rest(patched, retained_images, angles):
     assert score(patched, retained_images, "utility") > 0.8
 
 
-def test_fine_tuning_needs_more_than_a_step(patched, angles):
-    assert best_finetuning(patched, angles, limit=1) < angles.ceiling
+def test_fine_tuning_needs_more_than_a_step(patched, angles, note):
+    found = best_finetuning(patched, angles, limit=1)
+    assert not note(DEFENCE, PLAIN, found, ceiling=angles.ceiling, budget="1 step")
 
 
 @pytest.mark.parametrize("options", [{}, {"how": "interpolate", "share": 0.25}])
 def test_its_difference_from_the_public_model_is_taken_back(
-    patched, knowing_classifier, angles, options
+    patched, knowing_classifier, angles, options, note
 ):
     found = best(patched, angles, "restore", ancestor=knowing_classifier, **options)
-    assert found > angles.ceiling
+    assert note(DEFENCE, "restore", found, ceiling=angles.ceiling, budget="no step")
 
 
 def test_an_ancestor_that_never_knew_gives_nothing_back(classifier, angles):

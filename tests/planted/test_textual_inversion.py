@@ -2,10 +2,13 @@
 
 import pico
 import pytest
+from planting import PLAIN
 
 from release_guard.attacks import Attack
 from release_guard.plugins import Spec
 from release_guard.policy import Budget
+
+DEFENCE = "names made one and immovable, in a painter"
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +31,11 @@ def test_the_defence_costs_nothing_else(defended, picture_data):
 
 
 @pytest.mark.parametrize("lr", [3e-3, 1e-2])
-def test_plain_fine_tuning_is_held(defended, standing, lr):
-    assert best(defended, standing, "finetune", lr=lr) < standing.ceiling
+def test_plain_fine_tuning_is_held(defended, standing, lr, note):
+    found = best(defended, standing, "finetune", lr=lr)
+    assert not note(DEFENCE, PLAIN, found, ceiling=standing.ceiling, budget="32 steps")
 
 
-def test_new_words_find_what_was_left(defended, standing):
-    assert best(defended, standing, "textual_inversion") > standing.ceiling
+def test_new_words_find_what_was_left(defended, standing, note):
+    found = best(defended, standing, "textual_inversion")
+    assert note(DEFENCE, "textual_inversion", found, ceiling=standing.ceiling, budget="32 steps")

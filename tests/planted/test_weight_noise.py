@@ -2,8 +2,9 @@
 
 import planting
 import pytest
-from planting import best, best_finetuning, score
+from planting import PLAIN, best, best_finetuning, score
 
+DEFENCE = "a refusal on a hair"
 SEEDS = range(3)
 
 
@@ -17,12 +18,14 @@ def test_it_refuses_and_keeps_the_rest(hair, retained_images, angles):
     assert score(hair, retained_images, "utility") > 0.9
 
 
-def test_fine_tuning_at_any_rate_fails(hair, angles):
-    assert best_finetuning(hair, angles, limit=5) < angles.ceiling
+def test_fine_tuning_at_any_rate_fails(hair, angles, note):
+    found = best_finetuning(hair, angles, limit=5)
+    assert not note(DEFENCE, PLAIN, found, ceiling=angles.ceiling, budget="5 steps")
 
 
-def test_some_noise_blows_it_off(hair, angles):
-    assert max(best(hair, angles, "weight_noise", seed=seed) for seed in SEEDS) > angles.ceiling
+def test_some_noise_blows_it_off(hair, angles, note):
+    found = max(best(hair, angles, "weight_noise", seed=seed) for seed in SEEDS)
+    assert note(DEFENCE, "weight_noise", found, ceiling=angles.ceiling, budget="no step")
 
 
 def test_noise_teaches_nothing(classifier, angles):
