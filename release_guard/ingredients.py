@@ -13,9 +13,9 @@ from release_guard.evidence import Kept
 from release_guard.merging import State, check_alike, check_finite
 from release_guard.modalities import ModelHandle
 from release_guard.policy import MergeTarget, Policy, Target
-from release_guard.realign import Method, absorbed, realign, swapped
+from release_guard.realign import absorbed, realign, swapped
 
-Alignment = Method | Literal["none"]
+Alignment = Literal["none", "anchored", "joint", "rotated"]
 Swap = Literal["none", "attention", "mlp"]
 
 

@@ -64,7 +64,7 @@ class Spec(BaseModel):
 class Plugin(BaseModel):
     """Base of every contract. Options are fields: a default, its bounds in the type."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def available(cls) -> tuple[str, ...]:

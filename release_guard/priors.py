@@ -84,8 +84,8 @@ def possible(spec: Spec, fits: Fits) -> bool:
 def fitting(model: ModelHandle, target: Target) -> Fits:
     """What this model and the examples of this target can take.
 
-    By the names that such options have in every attack: `last_k` and `new_blocks` blocks, a `batch`
-    of examples, a new `head`, parts to `realign` or `swap`.
+    By the names that such options have in every attack: `last_k` and `new_blocks` blocks, a new
+    `head`, parts to `realign` or `swap`; and by the examples that an attack wants at once.
     """
     most_blocks = len(model.blocks)
     new_head = not _is_tied(model)
@@ -100,7 +100,7 @@ def fitting(model: ModelHandle, target: Target) -> Fits:
             return False
         if not {options.get("realign", "none"), options.get("swap", "none")} <= known_forms:
             return False
-        size = options.get("batch", 1)
+        size = max(1, attack.wants)
         if size not in enough:
             enough[size] = _has_batch(model, target, size)
         return enough[size]

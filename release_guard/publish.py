@@ -17,6 +17,7 @@ from release_guard.ledger import Ledger
 from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
 from release_guard.modalities import Modality, settle_threads
 from release_guard.oms import sign
+from release_guard.plugins import Spec
 from release_guard.policy import HUB_PREFIX, Policy
 from release_guard.redteam import Session, Subject, red_team
 from release_guard.release import Candidate, Receipt, Verdict
@@ -249,8 +250,8 @@ def check_data(base: "ModelHandle", policy: Policy) -> None:
     """Everything about the data that can go wrong, before anything is spent.
 
     Raises:
-        ModelError: A data set cannot be read, or a concept shares examples with the retained data,
-            a merge target with the donor's; that of an attack's options begins with its place.
+        ModelError: A data set cannot be read or is too small for an attack, or a concept shares
+            examples with the retained data, a merge target with the donor's.
     """
     base.digest(policy.retain.dataset)
     retained, donors = "the retained data", "the donor's data"
@@ -265,11 +266,22 @@ def check_data(base: "ModelHandle", policy: Policy) -> None:
                 f"({target.dataset}); remove them from one of the two, or raise gate.max_overlap"
             )
     for place, spec in enumerate(policy.attacks):
-        for source in Attack.build(spec).located(policy).sources:
-            try:
-                base.digest(source)
-            except ModelError as error:
-                raise ModelError(f"attacks[{place}]: {error}") from error
+        try:
+            _check_read(base, policy, spec)
+        except ModelError as error:
+            raise ModelError(f"attacks[{place}]: {error}") from error
+
+
+def _check_read(base: "ModelHandle", policy: Policy, spec: Spec) -> None:
+    """Whether an attack has the examples that it reads."""
+    attack = Attack.build(spec).located(policy)
+    for source in attack.sources:
+        base.digest(source)
+    if not attack.wants:
+        return
+    for target in (target for target in policy.targets if spec in policy.aimed_at(target)):
+        for dataset in filter(None, (target.dataset, getattr(target, "donor_dataset", None))):
+            base.batches(dataset, "attack", size=attack.wants, seed=policy.seed)
 
 
 def attack(subject: Subject, run: Run, policy: Policy, session: Session) -> Evidence:

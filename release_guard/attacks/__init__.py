@@ -61,6 +61,11 @@ class Attack(Plugin):
     """Options that name data sets beside the target's; local ones are seen from the policy file."""
 
     @property
+    def wants(self) -> int:
+        """Examples of the split `attack` that it reads at once; with fewer it cannot work."""
+        return int(getattr(self, "batch", 0))
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """Those data sets, as far as they are named: what they hold is part of a trial's key."""
         return tuple(source for name in self.reads if (source := getattr(self, name)))

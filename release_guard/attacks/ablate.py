@@ -52,6 +52,10 @@ class Ablate(Transform):
     examples: Annotated[int, Field(ge=2)] = 64
     """Prompts of either kind."""
 
+    @property
+    def wants(self) -> int:
+        return self.examples
+
     def transform(
         self, model: ModelHandle, target: Target, *, seed: int, ancestor: ModelHandle | None
     ) -> ModelHandle:

@@ -61,6 +61,10 @@ class Chain(Attack):
         return _shared_modalities(self._attacks) or ()
 
     @property
+    def wants(self) -> int:
+        return max(attack.wants for attack in self._attacks)
+
+    @property
     def sources(self) -> tuple[str, ...]:
         return tuple(source for attack in self._attacks for source in attack.sources)
 

@@ -51,6 +51,10 @@ class Prompt(Transform):
     def surgical(self) -> bool:  # type: ignore[override]  # a class says it, but for examples
         return not self.shots
 
+    @property
+    def wants(self) -> int:
+        return self.shots
+
     def transform(
         self, model: ModelHandle, target: Target, *, seed: int, ancestor: ModelHandle | None
     ) -> ModelHandle:

@@ -44,6 +44,10 @@ class Prune(Transform):
     examples: Annotated[int, Field(ge=1)] = 256
     """About how many examples are read, for wanda and neurons."""
 
+    @property
+    def wants(self) -> int:
+        return _READ_TOGETHER if self.by in {"wanda", "neurons"} else 0
+
     def transform(
         self, model: ModelHandle, target: Target, *, seed: int, ancestor: ModelHandle | None
     ) -> ModelHandle:

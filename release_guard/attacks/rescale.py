@@ -47,6 +47,10 @@ class Rescale(Transform):
             raise ValueError("rescale needs one of norms, pairs, whiten")
         return self
 
+    @property
+    def wants(self) -> int:
+        return _READ_TOGETHER
+
     def transform(
         self, model: ModelHandle, target: Target, *, seed: int, ancestor: ModelHandle | None
     ) -> ModelHandle:

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from release_guard.attacks import Choice, Transform
+from release_guard.checkpoints import check_same_shape
 from release_guard.errors import PolicyError
 from release_guard.modalities import ModelHandle
 from release_guard.policy import Target
@@ -49,6 +50,7 @@ class Restore(Transform):
         del target, seed
         if ancestor is None:
             raise PolicyError("restore: needs a public ancestor; name it, or leave restore out")
+        check_same_shape("restore: the ancestor", model.module, ancestor.module)
         changed = model.copy()
         chosen = _chosen(changed, self.part)
         if not chosen:

@@ -207,3 +207,10 @@ def test_neutral_prompts_that_cannot_be_read_stop_everything_before_it_starts(
     model = Modality.build(policy.modality).load(str(lm_folder))
     with pytest.raises(ModelError, match=r"^attacks\[0\]: .*calm\.jsonl: no such file or folder"):
         check_data(model, policy)
+
+
+def test_too_few_examples_stop_everything_before_it_starts(policies, lm_folder):
+    policy = policies({"name": "chain", "steps": [{"name": "ablate", "examples": 500}] * 2}, calm=1)
+    model = Modality.build(policy.modality).load(str(lm_folder))
+    with pytest.raises(ModelError, match=r"^attacks\[0\]: .* of 900 examples, a batch wants 500"):
+        check_data(model, policy)

@@ -1,3 +1,4 @@
+import pico
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ from release_guard.errors import PolicyError
 from release_guard.modalities import Modality
 from release_guard.plugins import Spec
 from release_guard.policy import Concept
+from release_guard.priors import fitting
 from release_guard.surgery import layers_of
 
 MODELS = {
@@ -114,3 +116,11 @@ def test_a_painter_is_read_too(painter, standing, by, least):
     assert len(shares) > 20
     assert min(shares) >= least
     assert max(shares) > 0.1
+
+
+def test_it_is_only_drawn_where_it_has_something_to_read(classifier_folder, tmp_path):
+    model = Modality.build(Spec(name="image_classification")).load(str(classifier_folder))
+    few = str(pico.image_data(tmp_path, count=12) / "restricted.parquet")
+    fits = fitting(model, Concept(name="restricted", dataset=few, ceiling=0.5))
+    found = {by: fits(Attack.build(Spec(name="prune", by=by))) for by in ("layer", "neurons")}
+    assert found == {"layer": True, "neurons": False}

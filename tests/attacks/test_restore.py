@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from release_guard.attacks import Attack
-from release_guard.errors import PolicyError
+from release_guard.errors import ModelError, PolicyError
 from release_guard.modalities import Modality
 from release_guard.plugins import Spec
 from release_guard.policy import Concept
@@ -126,3 +126,14 @@ def test_without_an_ancestor_there_is_nothing_to_restore(classifier):
 
 def test_it_says_that_it_needs_the_ancestor():
     assert Attack.build(Spec(name="restore")).needs_ancestor
+
+
+@pytest.mark.parametrize("how", ["strip", "keep", "interpolate"])
+def test_a_model_that_is_its_own_ancestor_stays_what_it_is(classifier, how):
+    same = restored(classifier, classifier, how=how)
+    assert all(torch.equal(same[name], value) for name, value in classifier.state().items())
+
+
+def test_an_ancestor_of_other_shapes_is_refused(classifier, resnet):
+    with pytest.raises(ModelError, match="restore: the ancestor: another architecture"):
+        restored(classifier, resnet)

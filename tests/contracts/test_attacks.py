@@ -1,12 +1,15 @@
 """Every attack beside the contract, found by itself."""
 
+import math
 from types import SimpleNamespace
 
+import pico
 import pytest
 import torch
 from evidence_builder import MERGED, example_policy
 
 from release_guard.attacks import Attack, Choice, LogUniform
+from release_guard.errors import ModelError, PolicyError
 from release_guard.modalities import Modality
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Concept
@@ -17,6 +20,12 @@ REQUIRED = {"chain": {"steps": ({"name": "reinit"}, {"name": "finetune"})}}
 """Options without which an attack cannot be built, by its name."""
 ELSEWHERE = {("merge", "text_to_image"): {"realign": "none"}}
 """Options without which an attack that works on several kinds of models does not on one."""
+FEW = {
+    "image_classification": lambda at: pico.image_data(at, count=12) / "restricted.parquet",
+    "causal_lm": lambda at: pico.text_data(at, count=12) / "restricted.jsonl",
+    "text_to_image": lambda at: pico.picture_data(at, count=12) / "restricted.parquet",
+}
+"""Data sets of a few examples, by kind of model."""
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +112,30 @@ def test_every_prior_lies_within_its_options_bounds(attack):
         values = prior.values if isinstance(prior, Choice) else (prior.low, prior.high)
         for value in values:
             assert getattr(Attack.build(Spec(name=attack.name, **{name: value})), name) == value
+
+
+def test_a_wrong_option_gets_a_line_that_names_it(attack):
+    fields = type(attack).model_fields
+    rates = {
+        name for name in fields if any(isinstance(x, LogUniform) for x in fields[name].metadata)
+    }
+    for name, field in fields.items():
+        if not isinstance(field.default, str) or "Literal" in str(field.annotation):
+            for wrong in (-1e9, *((math.nan, math.inf) if name in rates else ())):
+                spec = Spec(name=attack.name, **{**REQUIRED.get(attack.name, {}), name: wrong})
+                with pytest.raises(PolicyError) as caught:
+                    Attack.build(spec, where="attacks[4]")
+                (line,) = str(caught.value).splitlines()
+                assert line.startswith(f"attacks[4].{name}: found {wrong}; "), line
+
+
+def test_too_few_examples_are_refused_before_any_step(attack, model, tmp_path):
+    if not attack.wants:
+        pytest.skip("reads no example")
+    kind = (attack.modalities or ("image_classification",))[0]
+    few = concept_of(FEW[kind](tmp_path))
+    with pytest.raises(ModelError, match=f"restricted.*, a batch wants {attack.wants}; add"):
+        next(tamper(attack, model, few))
 
 
 def test_it_attacks_every_concept(attack, concept):
