@@ -103,8 +103,7 @@ class Ground:
             "ancestor": _root(folders.ancestor),
             "never_knew": _never_knew_root(folders.undefended, policy),
         }
-        data = {target.name: _data_digest(base, target, policy) for target in policy.targets}
-        return cls(policy, roots, data)
+        return cls(policy, roots, data_digests(base, policy))
 
     def trials(
         self,
@@ -155,6 +154,11 @@ class Ground:
         if isinstance(target, MergeTarget) and target.base is not None:
             return ""
         return self.roots["ancestor"] if Attack.build(attack).needs_ancestor else ""
+
+
+def data_digests(base: "ModelHandle", policy: Policy) -> dict[str, str]:
+    """Digest of all that trials read, by target."""
+    return {target.name: _data_digest(base, target, policy) for target in policy.targets}
 
 
 def _root(folder: Path | None) -> str:

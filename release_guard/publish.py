@@ -17,6 +17,7 @@ from release_guard.ledger import Ledger
 from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
 from release_guard.modalities import Modality, settle_threads
 from release_guard.oms import sign
+from release_guard.phases import data_digests
 from release_guard.plugins import Spec
 from release_guard.policy import HUB_PREFIX, Policy
 from release_guard.redteam import Session, Subject, red_team
@@ -150,6 +151,8 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
     settle_threads(base, session.workers)
     check_data(base, order.policy)
     check_relatives(base, order.policy, ancestor)
+    about["data"] = data_digests(base, order.policy)
+    about["retained"] = base.digest(order.policy.retain.dataset)
     run = Run.claim(output, about)
     run.write(run.policy.name, order.policy.source)
     stages: tuple[StageReport, ...] = ()

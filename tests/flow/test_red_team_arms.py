@@ -137,3 +137,19 @@ def test_a_plan_counts_every_arm(
         ("long run", "defended"): 3,
     }
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "what"), [("restricted", "data"), ("retained", "retained")])
+def test_a_run_about_other_examples_does_not_go_on(
+    name: str, what: str, classifier_folder: Path, tmp_path: Path
+) -> None:
+    """Under the same policy file: evidence that is there would be taken for theirs."""
+    data = pico.image_data(tmp_path / "data")
+    policy = Policy.load(pico.pico_policy(tmp_path, data))
+    order = Order(str(classifier_folder), "acme/m", policy, as_is=True)
+    prepare(order, tmp_path / "run", session())
+    prepare(order, tmp_path / "run", session())
+    other = pico.image_data(tmp_path / "other", seed=7) / f"{name}.parquet"
+    other.rename(data / f"{name}.parquet")
+    with pytest.raises(PolicyError, match=rf"belongs to another run \({what} differ\)"):
+        prepare(order, tmp_path / "run", session())
