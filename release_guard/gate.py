@@ -242,6 +242,8 @@ def _retains(evidence: Evidence, policy: Policy, precision: Precision) -> Check:
     losses = [_loss(item) for item in kept]
     if not losses or any(loss.estimate is None for loss in losses):
         return Check(name, Result.INCONCLUSIVE, "not measured on two paired examples or more")
+    if not all(any(item.base) for item in kept):
+        return Check(name, Result.INCONCLUSIVE, "the undefended model scores nothing to lose")
     worst = max(losses, key=lambda loss: loss.upper or 0)
     estimate, lower, upper = worst.estimate or 0, worst.lower or 0, worst.upper or 0
     detail = (
