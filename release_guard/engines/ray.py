@@ -89,8 +89,8 @@ class Ray(Engine):
     def start(self, job: Job) -> None:
         gpus = math.ceil(self.gpus) if job.alone else self.gpus
         # Ray gives a GPU task a process of its own, which takes its memory with it when it ends.
-        task = _ray().remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_serve)
-        self._tasks[task.remote(job, _versions())] = job
+        task = _task().options(num_gpus=gpus).remote(job, _versions())
+        self._tasks[task] = job
 
     def ended(self) -> Iterable[tuple[Job, Outcome]]:
         while not (ready := _ray().wait(list(self._tasks), timeout=_SILENCE)[0]):
@@ -122,6 +122,12 @@ def _start(**options: Any) -> None:
             return
 
 
+@functools.cache
+def _task() -> Any:
+    """Sent to a cluster once, not with every trial."""
+    return _ray().remote(num_cpus=1, max_retries=0)(_serve)
+
+
 def _serve(job: Job, versions: tuple[str, ...]) -> Outcome:
     """Worker: one trial, by the code and the arithmetic that its record will name."""
     import torch  # noqa: PLC0415
@@ -141,6 +147,7 @@ def _outcome(task: Any) -> Outcome:
     try:
         outcome: Outcome = ray.get(task)
     except tuple(getattr(ray.exceptions, name) for name in _LOST) as error:
+        _require_alive()  # else the next trial would wait for a cluster that is gone
         return Outcome(ending="failed", note=f"{DIED} ({type(error).__name__})")
     except (ray.exceptions.RayError, OSError) as error:
         raise _unusable(error) from None

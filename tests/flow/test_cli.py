@@ -549,6 +549,8 @@ def test_replay_wants_one_place_of_evidence(
     [
         (["--engine", "rya"], 2, "engine.name: 'rya' is no engine; did you mean 'ray'?"),
         (["--address", "head:6379"], 2, "engine.address: not an option of local"),
+        (["--gpus", "0.5"], 2, "engine.gpus: not an option of local"),
+        (["--engine", "ray", "--gpus", "1.5"], 2, "engine.gpus: found 1.5"),
         (["--engine", "ray", "--address", "127.0.0.1:1"], 1, "no Ray cluster answers there"),
     ],
 )
@@ -557,11 +559,16 @@ def test_an_engine_that_cannot_run_ends_it_before_any_work(
 ) -> None:
     if "ray" in where and importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed")
+    ledger = Path("runs/trials.jsonl")
+    ledger.parent.mkdir()
+    ledger.write_bytes(b"what was tried")
     common = ["nowhere", "--policy", str(policy_file)]
     for command in (["attack", *common], ["publish", *common, "--repo", "acme/pico"]):
         assert main([*command, *where]) == code
         (line,) = errors()
         assert told in line
+    assert ledger.read_bytes() == b"what was tried"
+    assert list(ledger.parent.iterdir()) == [ledger]
 
 
 def test_refusal_says_why_first_then_what_to_do(story: Mapping[str, Said]) -> None:
