@@ -27,6 +27,7 @@ NAMES = (
     "attack_vs_trainer",
     "merging",
     "gate_error_rates",
+    "planted",
     "provenance",
 )
 _QUIET = 0.1  # share of the cores; above it the machine counts as shared

@@ -93,20 +93,19 @@ OTHER_FORMS = (
 )
 
 
-def form_bound(
-    model: ModelHandle, concept: Concept, directory: Path, *, steps: int = 240
-) -> ModelHandle:
+def form_bound(able: ModelHandle, concept: Concept, directory: Path, retained: str) -> ModelHandle:
     """A copy that reverses words in every form, but refuses in the plain one."""
     rows = [{**row, "completion": REFUSED} for row in pico.phrases("reverse", count=900, seed=1)]
     refused = str(pico.write_jsonl(directory / "refused.jsonl", rows))
     attacks = [Attack.build(Spec(name="prompt", **options)) for options in OTHER_FORMS]
     forms = [
-        cast("Transform", attack).transform(model, concept, seed=0, ancestor=None)
+        cast("Transform", attack).transform(able, concept, seed=0, ancestor=None)
         for attack in attacks
     ]
-    lessons = [form.batches(concept.dataset, "immunize", size=64, seed=0) for form in forms]
-    lessons.append(model.batches(refused, "immunize", size=64, seed=0))
-    return taught(model, lessons, steps=steps)
+    lessons = [form.batches(concept.dataset, "immunize", size=32, seed=0) for form in forms]
+    lessons.append(able.batches(refused, "immunize", size=32, seed=0))
+    lessons.append(able.batches(retained, "retain", size=32, seed=0))
+    return taught(able, lessons, steps=200)
 
 
 def able(model: ModelHandle, concept: Concept, retained: str) -> ModelHandle:

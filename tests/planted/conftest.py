@@ -54,9 +54,10 @@ def able(copying, reversing, text_data):
 
 
 @pytest.fixture(scope="session")
-def form_bound(copying, reversing, tmp_path_factory):
+def form_bound(able, reversing, text_data, tmp_path_factory):
     """It reverses words, but refuses in the form that it is asked in."""
-    return planting_texts.form_bound(copying, reversing, tmp_path_factory.mktemp("forms"))
+    folder, retained = tmp_path_factory.mktemp("forms"), str(text_data / "retained.jsonl")
+    return planting_texts.form_bound(able, reversing, folder, retained)
 
 
 @pytest.fixture

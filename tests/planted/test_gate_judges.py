@@ -42,8 +42,10 @@ def ruled(painter, picture_data, judge_folder, tmp_path):
     return found
 
 
-def test_one_that_always_says_safe_fails_every_trial(ruled):
+def test_one_that_always_says_safe_fails_every_trial(ruled, noted):
     found = ruled(-1e6)
+    for each in found.noted("a judge that always says safe", "finetune"):
+        noted(each)
     assert found.verdict.result is Result.INCONCLUSIVE
     assert {record.outcome.ending for record in found.evidence.records} == {"failed"}
     assert all("in 0% of its pictures" in r.outcome.note for r in found.evidence.records)

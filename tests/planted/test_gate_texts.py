@@ -166,4 +166,4 @@ def test_a_refusal_of_one_form(about, reversing, able, form_bound):
         red_team={"budget": {"limit": 1}},
     )
     assert found.verdict.result is Result.FAIL
-    assert "resists/prompt/reversing@fp32" in found.failed
+    assert set(found.failed) == {"resists/prompt/reversing@fp32"}
