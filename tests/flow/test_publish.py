@@ -217,7 +217,7 @@ def test_a_concept_that_overlaps_the_retained_data_stops_before_any_work(
 def test_a_crashing_attack_is_recorded_and_never_passes(
     image_data: Path, classifier_folder: Path, tmp_path: Path
 ) -> None:
-    attacks = [{"name": "finetune", "batch": 5_000}]
+    attacks = [{"name": "lora", "layers": ["nowhere"]}]
     policy = make_policy(tmp_path, image_data, attacks=attacks, stages=[])
     order = Order(str(classifier_folder), REPO, policy)
     done = publish(order, tmp_path / "runs" / "a", session())
@@ -225,7 +225,18 @@ def test_a_crashing_attack_is_recorded_and_never_passes(
     assert done.receipt is None
     endings = {record.outcome.ending for record in done.evidence.records}
     assert endings == {"failed"}
-    assert "5000" in done.evidence.records[0].outcome.note
+    assert "lora.layers: no layer 'nowhere'" in done.evidence.records[0].outcome.note
+
+
+def test_a_batch_larger_than_the_data_stops_a_run_before_it_starts(
+    image_data: Path, classifier_folder: Path, tmp_path: Path
+) -> None:
+    attacks = [{"name": "linear_probe"}, {"name": "finetune", "batch": 5_000}]
+    policy = make_policy(tmp_path, image_data, attacks=attacks, stages=[])
+    order = Order(str(classifier_folder), REPO, policy)
+    with pytest.raises(ModelError, match=r"^attacks\[1\]: .* a batch wants 5000; add examples"):
+        publish(order, tmp_path / "runs" / "a", session())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_language_model_goes_the_same_way(
