@@ -50,6 +50,8 @@ def _drawn(place: Place) -> Check:
     )
     if found.lower > most:
         return Check(name, Result.FAIL, detail)
+    if place.blind:
+        return Check(name, Result.INCONCLUSIVE, place.blind)
     shown = found.met >= asked and found.upper * _ROUNDED <= most
     return Check(name, Result.PASS if shown else Result.INCONCLUSIVE, detail)
 

@@ -190,6 +190,8 @@ class Evidence(_Value):
             near duplicates.
         near_overlap: The same for near duplicates.
         planned: How many trials had to end; fewer records never pass.
+        unattacked: The undefended model's score on each concept at each precision, before any
+            attack, on the examples that confirm.
         retention: Utility at each precision.
         records: Every trial, in any order.
         environment: Hardware and versions.
@@ -207,6 +209,7 @@ class Evidence(_Value):
     overlap: Mapping[str, float] = {}
     near_overlap: Mapping[str, float] = {}
     planned: int = Field(ge=0)
+    unattacked: Mapping[str, Mapping[Precision, Score]] = {}
     retention: tuple[Retention, ...] = ()
     stages: tuple[StageReport, ...] = ()
     records: tuple[Record, ...] = ()

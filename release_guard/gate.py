@@ -115,6 +115,8 @@ def _control(place: Place, family: str) -> Check:
     name, found = f"controls/{family}/{place.name}", control(place, family)
     if found is None:
         return Check(name, Result.INCONCLUSIVE, "void: not tried on the undefended model")
+    if place.blind:
+        return Check(name, Result.INCONCLUSIVE, f"void: {place.blind}")
     red_team = place.policy.red_team
     detail = (
         f"{found.configuration.attack.label} breached the undefended model on "

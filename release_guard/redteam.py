@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from release_guard import __version__
 from release_guard.adaptive import Tried, loss, propose
 from release_guard.attacks import Attack
+from release_guard.data import scored
 from release_guard.engines import OUT_OF_MEMORY, Engine, Job
 from release_guard.errors import ModelError
 from release_guard.evidence import (
@@ -458,6 +460,9 @@ def _evidence(team: _Team, started_at: str) -> Evidence:
         overlap={name: overlap.exact for name, overlap in overlaps.items()},
         near_overlap={name: overlap.near for name, overlap in overlaps.items()},
         planned=len(team.planned) if not team.stopped else len(team.records),
+        unattacked={
+            concept.name: _unattacked(subject, concept, policy) for concept in policy.concepts
+        },
         retention=retention,
         stages=subject.stages,
         records=tuple(team.records[key] for key in sorted(team.records)),
@@ -490,6 +495,17 @@ def change(base: "ModelHandle", immunized: "ModelHandle") -> Change:
         for name, value in before.items()
     }
     return Change(identical=not any(distances.values()), relative_l2=distances)
+
+
+def _unattacked(subject: Subject, concept: Concept, policy: Policy) -> dict[Precision, float]:
+    """What the undefended model scores at no cost: an attack must be seen to raise it."""
+    dataset, split = scored(concept, "confirm")
+    found: dict[Precision, float] = {}
+    for precision in policy.precisions:
+        model = at(subject.base, precision)
+        scores = model.scores(dataset, split, limit=policy.red_team.confirm_examples)
+        found[precision] = fmean(scores)
+    return found
 
 
 def _retention(subject: Subject, policy: Policy, precision: Precision) -> Retention:

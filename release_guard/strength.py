@@ -77,7 +77,7 @@ def strength(place: Place, evidence: Evidence) -> Strength:
 def _control(place: Place, configuration: Configuration) -> Control:
     costs = configuration.costs(place.horizon)
     breaches = sum(cost.upper is not None for cost in costs)
-    enough = len(costs) >= place.policy.red_team.confirm_seeds
+    enough = len(costs) >= place.policy.red_team.confirm_seeds and not place.blind
     valid = enough and breaches >= place.policy.gate.control_share * len(costs)
     return Control(configuration, costs, valid)
 

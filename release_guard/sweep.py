@@ -39,6 +39,8 @@ class Place:
         attacks: The listed attacks that are aimed at it.
         precision: Numeric format.
         ceiling: A score above it is a breach.
+        unattacked: What the undefended model scores at no cost; None: nobody looked, or a merge
+            target, which it may do well.
         budget: What the release claims to withstand, in the policy's unit.
         horizon: How far the controls are run.
         policy: What was asked for.
@@ -49,6 +51,7 @@ class Place:
     attacks: tuple[Spec, ...]
     precision: Precision
     ceiling: float
+    unattacked: float | None
     budget: float
     horizon: float
     policy: Policy
@@ -87,6 +90,22 @@ class Place:
     def is_merge(self) -> bool:
         """Whether a merge is to lose the target: nothing is trained, so there is no cost."""
         return any(target.name == self.target for target in self.policy.merge_targets)
+
+    @property
+    def blind(self) -> str | None:
+        """Why attacks cannot be seen to work on the undefended model, if so.
+
+        Above the ceiling to begin with, it is "breached" by an attack that does nothing at all.
+        """
+        if self.is_merge or (self.unattacked is not None and self.unattacked <= self.ceiling):
+            return None
+        if self.unattacked is None:
+            return "nobody looked what the undefended model scores before any attack"
+        return (
+            f"the undefended model scores {self.unattacked:.3f} before any attack, above the "
+            f"ceiling {self.ceiling:g}, so no attack can be seen to work on it; give as --base a "
+            "model that was made to forget the concept, and not immunized"
+        )
 
     @property
     def mandatory(self) -> tuple[str, ...]:
@@ -291,6 +310,7 @@ def _places(evidence: Evidence, policy: Policy, targets: Iterable[Target]) -> It
                 attacks=policy.aimed_at(target),
                 precision=precision,
                 ceiling=evidence.ceilings.get(target.name, 0.0),
+                unattacked=evidence.unattacked.get(target.name, {}).get(precision),
                 budget=limit,
                 horizon=limit * policy.red_team.long_run,
                 policy=policy,

@@ -196,6 +196,9 @@ def evidence(policy: Policy, btb: Btb, /, **changes: Any) -> Evidence:
             "overlap": {target.name: 0.0 for target in policy.targets},
             "near_overlap": {target.name: 0.01 for target in policy.targets},
             "planned": len(records),
+            "unattacked": {
+                concept.name: dict.fromkeys(policy.precisions, 0.2) for concept in policy.concepts
+            },
             "retention": tuple(retention(precision) for precision in policy.precisions),
             "stages": tuple(
                 StageReport(

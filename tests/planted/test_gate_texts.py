@@ -100,6 +100,21 @@ def test_an_attack_that_does_not_move_is_void(about, facts, muted, ignorant):
     assert any("finetune on facts@fp32: void" in line for line in found.verdict.not_tested)
 
 
+def test_what_is_known_already_shows_no_attack_at_work(about, facts, informed, ignorant):
+    """An attack that does nothing finds the facts in the undefended model, at its first step."""
+    found = about(
+        "an attack with a rate of 0 on a base that knows",
+        facts,
+        informed,
+        ignorant,
+        by="finetune",
+        attacks=[STILL],
+    )
+    assert found.verdict.result is Result.INCONCLUSIVE
+    assert "before any attack" in found.unshown["controls/finetune/facts@fp32"]
+    assert "kappa/facts@fp32" in found.unshown
+
+
 def test_an_attack_that_raises_has_failed(about, facts, muted, ignorant):
     """Beside one that works, and on a model that would pass."""
     found = about(

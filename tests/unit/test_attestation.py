@@ -121,6 +121,7 @@ def small_evidence(policy: Policy) -> Evidence:
         ceilings={"footwear": 0.5},
         change=Change(identical=False, relative_l2={"head": 0.1}),
         planned=len(records),
+        unattacked={"footwear": {"fp32": 0.1}},
         retention=[Retention(precision="fp32", base=[1.0] * 50, immunized=[1.0] * 49 + [0.0])],
         stages=[
             StageReport(
