@@ -68,7 +68,6 @@ class Ray(Engine):
         self.check()  # Ray itself would try for minutes
         here = {
             "num_cpus": self.workers,
-            "_node_ip_address": "127.0.0.1",  # nobody else's business
             "include_dashboard": False,
             "object_store_memory": _OBJECTS,
         }

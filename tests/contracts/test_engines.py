@@ -16,6 +16,7 @@ from release_guard.evidence import Outcome
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy
 
+pytestmark = pytest.mark.enable_socket  # a cluster has this machine's own address
 ENGINES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in Engine.available()]
 
 
@@ -91,7 +92,7 @@ def test_a_killed_worker_costs_one_trial_at_most(
 ) -> None:
     """Killed once, the trial is run again, alone; killed twice, it has failed. Others go on."""
     endless = job(policy, classifier_folder, budget=Budget(limit=1e9), ceiling=None)
-    killer = threading.Thread(target=kill_both_goes, args=(engine,))
+    killer = threading.Thread(target=kill_both_goes, args=(engine,), daemon=True)
     killer.start()
     endings = {done.trial.key: outcome for done, outcome in engine.run([endless, jobs[0]])}
     killer.join()

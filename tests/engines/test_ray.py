@@ -27,6 +27,7 @@ from release_guard.policy import Budget, Policy
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
+    pytest.mark.enable_socket,  # a cluster has this machine's own address
     pytest.mark.xdist_group("ray"),  # one process starts the one cluster of the session
 ]
 CHILD = """
