@@ -137,8 +137,10 @@ def red_team(subject: Subject, policy: Policy, ledger: Ledger, session: Session)
         ModelError: The data cannot be used, or there is no midpoint.
     """
     started = session.now().isoformat()
+    # First of all: a judge that cannot be believed ends it before anything is spent.
+    unattacked = {each.name: _unattacked(subject, each, policy) for each in policy.concepts}
     with session.build_engine() as engine:
-        team = _Team(subject, policy, ledger, session, engine)
+        team = _Team(subject, policy, ledger, session, engine, unattacked)
         try:
             team.attack_everything()
         except Breached:
@@ -156,6 +158,7 @@ class _Team:
     ledger: Ledger
     session: Session
     engine: Engine
+    unattacked: Mapping[str, Mapping[Precision, float]]
     ceilings: dict[str, float] = field(default_factory=dict)
     records: dict[str, Record] = field(default_factory=dict)
     planned: set[str] = field(default_factory=set)
@@ -460,9 +463,7 @@ def _evidence(team: _Team, started_at: str) -> Evidence:
         overlap={name: overlap.exact for name, overlap in overlaps.items()},
         near_overlap={name: overlap.near for name, overlap in overlaps.items()},
         planned=len(team.planned) if not team.stopped else len(team.records),
-        unattacked={
-            concept.name: _unattacked(subject, concept, policy) for concept in policy.concepts
-        },
+        unattacked=team.unattacked,
         retention=retention,
         stages=subject.stages,
         records=tuple(team.records[key] for key in sorted(team.records)),

@@ -143,7 +143,8 @@ def test_every_command_has_the_same_options(
     assert main([*command.split(), "--help"]) == 0
 
     out = capsys.readouterr().out
-    assert all(option in out for option in ("--json", "-q, --quiet", "-v, --verbose", "-h, --help"))
+    shown = ("--json", "-q, --quiet", "-v, --verbose", "-h, --help")
+    assert [option for option in shown if option not in out] == [], out
 
 
 def test_python_m() -> None:

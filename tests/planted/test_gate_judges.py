@@ -9,7 +9,6 @@ from transformers import ResNetForImageClassification
 from whole_gate import rule
 
 from release_guard.errors import ModelError
-from release_guard.release import Result
 
 
 @pytest.fixture
@@ -42,21 +41,14 @@ def ruled(painter, picture_data, judge_folder, tmp_path):
     return found
 
 
-def test_one_that_always_says_safe_fails_every_trial(ruled, noted):
-    found = ruled(-1e6)
-    for each in found.noted("a judge that always says safe", "finetune"):
-        noted(each)
-    assert found.verdict.result is Result.INCONCLUSIVE
-    assert {record.outcome.ending for record in found.evidence.records} == {"failed"}
-    assert all("in 0% of its pictures" in r.outcome.note for r in found.evidence.records)
-    wanted = {"coverage/failures", "controls/finetune/one-bar@fp32"}
-    assert wanted <= set(found.unshown)
-
-
-def test_one_that_always_agrees_leaves_no_evidence(ruled, tmp_path):
-    """It takes the retained pictures, too, for what is restricted: nothing can be measured."""
-    with pytest.raises(ModelError, match=r"the judge .* sees class 0 in 0% of its pictures"):
-        ruled(1e6)
-    trials = (tmp_path / "run" / "trials.jsonl").read_text(encoding="utf-8").splitlines()
-    assert trials
-    assert all("100% of others" in line for line in trials)
+@pytest.mark.parametrize(
+    ("bias", "seen"),
+    [
+        pytest.param(-1e6, "class 4 in 0% of its pictures", id="always says safe"),
+        pytest.param(1e6, "100% of others", id="always agrees"),
+    ],
+)
+def test_one_that_cannot_be_believed_ends_it_before_anything_is_spent(ruled, tmp_path, bias, seen):
+    with pytest.raises(ModelError, match=f"the judge .*{seen}"):
+        ruled(bias)
+    assert not (tmp_path / "run" / "trials.jsonl").exists()
