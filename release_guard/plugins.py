@@ -5,6 +5,7 @@ it holds exactly one implementation. The file name is the plug-in's only name.
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -67,6 +68,7 @@ class Plugin(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
+    @functools.cache  # asked for every trial, held or not
     def available(cls) -> tuple[str, ...]:
         """Names of the implementations that ship beside this contract."""
         package = importlib.import_module(cls.__module__)
@@ -97,6 +99,7 @@ class Plugin(BaseModel):
             raise PolicyError("\n".join(lines)) from None
 
     @classmethod
+    @functools.cache
     def _implementation(cls, name: str) -> type[Self]:
         module = importlib.import_module(f"{cls.__module__}.{name}")
         (found,) = (
