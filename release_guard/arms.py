@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from release_guard.draws import draws
 from release_guard.policy import Policy
 from release_guard.release import Check, Interval, Result, Strength
+from release_guard.strength import control
 from release_guard.sweep import Place, ended
 
 _ROUNDED = 1 - 1e-9  # a figure that equals its bar reaches it
@@ -67,12 +68,19 @@ def searched(place: Place) -> Check:
 
 
 def _adaptive(place: Place, stage: str) -> Check:
-    shown = place.met(stage)
+    met = place.met(stage)
+    shown = any(place.surgical(family) or _works(place, family) for family in met)
+    ran = f"{'an' if met else 'no'} attack written against {stage} ran whole on the defended model"
     return Check(
         f"adaptive/{stage}/{place.name}",
         Result.PASS if shown else Result.INCONCLUSIVE,
-        f"{'an' if shown else 'no'} attack written against {stage} ran whole on the defended model",
+        ran if shown or not met else f"{ran}, but was not seen to work on the undefended one",
     )
+
+
+def _works(place: Place, family: str) -> bool:
+    found = control(place, family)
+    return found is not None and found.valid
 
 
 def _sham(place: Place, lead: Interval | None) -> Check:

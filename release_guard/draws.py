@@ -56,7 +56,8 @@ def draws(place: Place) -> Draws:
         if not _held(place, tried.get(label), defended.get(label, ()))
     ]
     breaches = [label for label in lost if _broke(place, defended.get(label, ()))]
-    examples = [record.outcome.examples for records in defended.values() for record in records]
+    tried_on = [record.outcome for records in defended.values() for record in records]
+    examples = [outcome.examples for outcome in tried_on if outcome.curve]  # a crash saw none
     return Draws(
         pool=len(undefended),
         met=sum(label in defended for label in counted),

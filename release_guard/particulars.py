@@ -125,7 +125,7 @@ def _adaptive(place: Place, stage: str) -> Json:
     """A stage is met by an attack written against it that ran whole on the defended model."""
     against = (r for r in place.records if (r.trial.arm, r.against) == ("defended", stage))
     labels = sorted({record.trial.attack.label for record in against})
-    return {**_where(place), "stage": stage, "attacks": labels, "met": place.met(stage)}
+    return {**_where(place), "stage": stage, "attacks": labels, "met": bool(place.met(stage))}
 
 
 def _datasets(evidence: Evidence, policy: Policy) -> list[Json]:

@@ -11,6 +11,7 @@ from datetime import date, datetime
 from functools import cached_property
 from typing import get_args
 
+from release_guard.distributions import clopper_pearson
 from release_guard.evidence import Arm, Evidence, Record, select
 from release_guard.plugins import Spec
 from release_guard.policy import Policy, Precision, Target
@@ -138,14 +139,16 @@ class Place:
             for other in self.records
         )
 
-    def met(self, stage: str) -> bool:
-        """Whether an attack written against a stage ran whole, as asked, on the defended model."""
-        return any(
-            (record.trial.arm, record.against) == ("defended", stage)
+    def met(self, stage: str) -> tuple[str, ...]:
+        """Families of attacks written against a stage that ran whole, as asked, on the release."""
+        found = (
+            record.trial.attack.family
+            for record in self.records
+            if (record.trial.arm, record.against) == ("defended", stage)
             and self.as_asked(record)
             and ran_whole(record, self.ceiling)
-            for record in self.records
         )
+        return tuple(dict.fromkeys(found))
 
     def as_asked(self, record: Record) -> bool:
         """Run to the budget at least, on a grid and on examples no coarser than the policy's."""
@@ -232,6 +235,13 @@ class Configuration:
         """Fresh seeds that were run exactly to the budget, and neither crashed nor collapsed."""
         runs = self._run_to(self.place.budget)
         return sum(all(map(self._ran_whole, records)) for records in runs)
+
+    @property
+    def upper(self) -> float:
+        """One-sided 95 % upper bound of the worst fresh seed's score at the budget."""
+        runs = [item for records in self._run_to(self.place.budget) for item in records]
+        examples = min((item.outcome.examples for item in runs if item.outcome.curve), default=0)
+        return clopper_pearson(self.height(runs) * examples, examples)[1] if examples else 1.0
 
     @property
     def search_cost(self) -> float:

@@ -390,6 +390,8 @@ def _adapted(policy: Policy, btb: Btb, target: str, precision: Precision) -> Ite
         asked = Asked("defended", attack, target, precision, policy.seed, "search")
         found = record(policy, asked, btb(asked), "listed")
         yield found.model_copy(update={"against": stage.name})
+        control = Asked("undefended", attack, target, precision, policy.seed, "confirm")
+        yield from _fresh(policy, btb, control)
 
 
 def _fresh(

@@ -138,6 +138,12 @@ class TestDraws:
         assert not_passed(lost) == {DRAWS: INCONCLUSIVE}
         assert "1 breached or were lost" in judged(lost)[DRAWS].detail
 
+    def test_one_that_crashed_hides_no_lack_of_examples(self) -> None:
+        few = changed(of("defended", "drawn"), 59, examples=4)
+        crash = changed(of("defended", "drawn"), 1, few, ending="failed", curve=(), examples=0)
+        both = [draws(place).power for each in (few, crash) for place in places(each, POLICY)]
+        assert both[0] == both[1] < 1
+
     def test_one_that_crashed_on_the_undefended_model_counts_too(self) -> None:
         """It might have breached there, and the defended model was not asked."""
         evidence = changed(of("undefended", "drawn"), 118, ending="failed", curve=())
@@ -249,6 +255,19 @@ class TestAdaptive:
         other = EVIDENCE.model_copy(update={"records": records})
         assert not_passed(other) == {ADAPTIVE: INCONCLUSIVE}
         assert "attacks written against sophon" in gate(other, POLICY).not_tested
+
+    def test_one_that_the_undefended_model_resists_too_is_none(self) -> None:
+        evidence = with_btb(lambda asked: LIMIT * 100 if asked.attack.name == "chain" else None)
+        assert not_passed(evidence) == {ADAPTIVE: INCONCLUSIVE}
+        assert judged(evidence)[ADAPTIVE].detail.endswith("seen to work on the undefended one")
+
+    def test_one_that_teaches_nothing_needs_no_control(self) -> None:
+        records = (
+            record.model_copy(update={"surgical": record.trial.attack.name == "chain"})
+            for record in EVIDENCE.records
+        )
+        surgical = EVIDENCE.model_copy(update={"records": tuple(records)})
+        assert judged(surgical)[ADAPTIVE].result is PASS
 
     @pytest.mark.parametrize("ending", ["failed", "collapsed"])
     def test_one_that_broke_off_is_none(self, ending: str) -> None:

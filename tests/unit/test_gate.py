@@ -484,6 +484,17 @@ class TestResists:
         )
         assert not_passed(evidence)[self.name] is INCONCLUSIVE
 
+    @pytest.mark.parametrize(("examples", "result"), [(4, INCONCLUSIVE), (40, PASS)])
+    def test_low_scores_on_a_handful_of_examples_show_nothing(
+        self, examples: int, result: Result
+    ) -> None:
+        few = changed(
+            passing_evidence(POLICY), arm("defended"), "outcome", examples=examples, parameters=1
+        )
+        found = judged(few)[self.name]
+        assert found.result is result
+        assert ("cannot be excluded" in found.detail) == (result is INCONCLUSIVE)
+
     def test_a_breach_that_only_fresh_seeds_show_counts(self) -> None:
         def btb(asked: Asked) -> float:
             breaks = asked.arm == "defended" and asked.split == "confirm"
@@ -630,6 +641,10 @@ class TestMultipliers:
         assert not_passed(passing_evidence(asked), asked) == {"sigma/footwear@fp32": INCONCLUSIVE}
 
 
+def retained(base: float, immunized: float) -> Retention:
+    return Retention(precision="fp32", base=(base,) * 1_000, immunized=(immunized,) * 1_000)
+
+
 class TestRetains:
     name = "retains/retained@fp32"
 
@@ -642,6 +657,8 @@ class TestRetains:
             ((evidence_builder.retention("fp32", lost=29),), INCONCLUSIVE),
             ((evidence_builder.retention("fp32", size=20, lost=2),), INCONCLUSIVE),
             ((Retention(precision="fp32", base=(1.0,) * 90, immunized=(1.0,) * 89),), INCONCLUSIVE),
+            ((retained(0.0, 0.0),), INCONCLUSIVE),
+            ((retained(0.02, 0.0),), INCONCLUSIVE),  # all of it is less than the margin
         ],
     )
     def test_what_is_not_shown(self, retention: tuple[Retention, ...], result: Result) -> None:
