@@ -219,3 +219,9 @@ def test_check_finds_wrong_options_and_missing_files(tmp_path: Path) -> None:
     assert lines[1].startswith("attacks[2].rnak: not an option of lora; did you mean 'rank'?")
     assert lines[2].startswith(f"concepts[0].dataset: {tmp_path}/footwear.parquet is not there")
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize(("old", "new"), [("limit = 400", "limit = inf"), ("= 4.0", "= inf")])
+def test_nothing_is_infinite(old: str, new: str, tmp_path: Path) -> None:
+    (line,) = complaints(POLICY.replace(old, new), tmp_path)
+    assert line.endswith("found inf; Input should be a finite number")
