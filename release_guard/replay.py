@@ -69,8 +69,14 @@ class Replay:
 
     @property
     def agreement(self) -> Agreement:
-        """Another ending, or scores at other costs, is never within a tolerance."""
-        if self.record.outcome.ending != self.outcome.ending or self.distance is None:
+        """Another ending, or scores at other costs, is never within a tolerance.
+
+        Nor is a crash for another reason: it may be this machine's own.
+        """
+        before, after = self.record.outcome, self.outcome
+        if before.ending != after.ending or self.distance is None:
+            return Agreement.DIFFERENT
+        if after.ending == "failed" and before.note != after.note:
             return Agreement.DIFFERENT
         if self.distance == 0:
             return Agreement.IDENTICAL

@@ -121,6 +121,18 @@ def test_agreement(
     assert Replay(record, outcome(scores, steps, ending), 0.02).agreement is agreement
 
 
+@pytest.mark.parametrize(
+    ("note", "agreement"),
+    [("died", Agreement.IDENTICAL), ("no such module", Agreement.DIFFERENT)],
+)
+def test_a_crash_for_another_reason_is_another_outcome(note: str, agreement: Agreement) -> None:
+    record = Record.model_construct(
+        trial=None, outcome=Outcome(ending="failed", note="died"), origin="listed"
+    )
+    found = Replay(record, Outcome(ending="failed", note=note), 1.0)
+    assert found.agreement is agreement
+
+
 def outcome(scores: list[float], steps: list[int], ending: str, seconds: float = 1) -> Outcome:
     costs = [{"steps": step, "samples": step, "flops": step, "seconds": seconds} for step in steps]
     curve = [{"cost": cost, "score": score} for cost, score in zip(costs, scores, strict=True)]
