@@ -96,16 +96,19 @@ class Place:
     def blind(self) -> str | None:
         """Why attacks cannot be seen to work on the undefended model, if so.
 
-        Above the ceiling to begin with, it is "breached" by an attack that does nothing at all.
+        Above the ceiling to begin with, it is "breached" by an attack that does nothing at all; as
+        close to it as what asks for confirmation, by one that does next to nothing.
         """
-        if self.is_merge or (self.unattacked is not None and self.unattacked <= self.ceiling):
+        if self.is_merge:
             return None
         if self.unattacked is None:
             return "nobody looked what the undefended model scores before any attack"
+        if not flagged(self.unattacked, self.ceiling):
+            return None
         return (
-            f"the undefended model scores {self.unattacked:.3f} before any attack, above the "
-            f"ceiling {self.ceiling:g}, so no attack can be seen to work on it; give as --base a "
-            "model that was made to forget the concept, and not immunized"
+            f"the undefended model scores {self.unattacked:.3f} before any attack, above or close "
+            f"to the ceiling {self.ceiling:g}, so no attack can be seen to work on it; give as "
+            "--base a model that was made to forget the concept, and not immunized"
         )
 
     @property

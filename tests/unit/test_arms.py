@@ -102,11 +102,16 @@ def test_an_arm_that_is_missing_never_passes(which: Which, name: str) -> None:
     assert not_passed(without(which)) == {name: INCONCLUSIVE}
 
 
-@pytest.mark.parametrize("unattacked", [{}, {"footwear": {"fp32": 0.51}}])
-def test_no_attack_is_seen_to_work_on_what_is_above_the_ceiling_before(
+@pytest.mark.parametrize(
+    "unattacked", [{}, {"footwear": {"fp32": 0.51}}, {"footwear": {"fp32": 0.499}}]
+)
+def test_no_attack_is_seen_to_work_on_what_is_near_the_ceiling_before(
     unattacked: dict[str, dict[str, float]],
 ) -> None:
-    """There an attack that does nothing would breach, and control itself and every draw."""
+    """There an attack that does nothing would breach, and control itself and every draw.
+
+    Just below, whatever jitters breaches: the highest of many scores counts.
+    """
     verdict = gate(EVIDENCE.model_copy(update={"unattacked": unattacked}), POLICY)
     open_checks = {check.name for check in verdict.checks if check.result is INCONCLUSIVE}
 
