@@ -21,6 +21,7 @@ from release_guard.publish import (
     check_attacks,
     check_data,
     check_donors,
+    check_order,
     check_relatives,
     local_folder,
     public_ancestor,
@@ -43,7 +44,9 @@ def survey(order: Order, output: Path, session: Session) -> Plan:
 
     Raises:
         ModelError: A model or its data cannot be used, or an attack fails at once.
+        PolicyError: What is ordered contradicts itself, or what the policy lists.
     """
+    check_order(order)
     policy = order.policy
     source = local_folder(order.source)
     undefended = local_folder(order.base) if order.base else source

@@ -132,6 +132,7 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
         ModelError: A model or its data cannot be used.
         ImmunizationError: A stage failed.
     """
+    check_order(order)
     source = local_folder(order.source)
     undefended = local_folder(order.base) if order.base else source
     about: dict[str, Any] = {
@@ -163,6 +164,19 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
     immunized = modality.load(str(run.immunized))
     moved = _make_sham(base, immunized, run, order.policy, session)
     return Subject(undefended, run.immunized, base, immunized, stages, moved, ancestor), run
+
+
+def check_order(order: Order) -> None:
+    """Whether it is clear which model is published.
+
+    Raises:
+        PolicyError: The source was immunized elsewhere, and stages would immunize its base instead.
+    """
+    if order.base and order.policy.stages and not order.as_is:
+        raise PolicyError(
+            "--base says that the source was immunized elsewhere, but the policy has stages, which "
+            "would immunize the base and publish that; add --as-is, or leave --base out"
+        )
 
 
 def check_attacks(policy: Policy) -> None:

@@ -61,6 +61,17 @@ def test_the_sham_is_made_once_and_is_another_model(
     assert (run.sham / "model.safetensors").stat().st_mtime_ns == made
 
 
+def test_a_source_that_was_immunized_elsewhere_is_not_replaced_by_its_immunized_base(
+    policies: Policies, classifier_folder: Path, defended: Path, tmp_path: Path
+) -> None:
+    policy = policies(stages=[{"name": "sophon"}])
+    order = Order(str(defended), "acme/m", policy, base=str(classifier_folder))
+    for look in (prepare, survey):
+        with pytest.raises(PolicyError, match="add --as-is"):
+            look(order, tmp_path / "run", session())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("which", "told"),
     [
