@@ -108,9 +108,15 @@ class Claims:
     checks: Mapping[str, Result]
 
     def lacking(self, policy: Policy) -> tuple[str, ...]:
-        """Properties that the policy's mandatory attacks must have earned, and have not."""
+        """Properties that must have been earned, and have not.
+
+        Of the mandatory attacks where there is a concept, and of all that merge targets list.
+        """
         budget = policy.red_team.budget
-        wanted = {svr_property(name, budget, self.suite) for name in policy.gate.mandatory}
+        families = set(policy.gate.mandatory if policy.concepts else ())
+        for target in policy.merge_targets:
+            families.update(attack.family for attack in policy.aimed_at(target))
+        wanted = {svr_property(family, budget, self.suite) for family in families}
         return tuple(sorted(wanted - self.properties))
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import independent_verifier
 import pytest
-from evidence_builder import example_policy, refused_evidence
+from evidence_builder import MERGED, example_policy, refused_evidence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judged import FILES, NOW, Judged, about, check, fixed_key, judge, write
@@ -122,6 +122,16 @@ def test_a_release_is_intact(folder: Path, judged: Judged, ours: Key) -> None:
     assert found.claims.policy == judged.policy.digest
     require_intact(found)
     assert agrees(folder, ours, judged.policy.digest)
+
+
+def test_a_release_that_is_about_merges_alone_is_intact(ours: Key, tmp_path: Path) -> None:
+    """No mandatory attack trains on a merge target; those that are listed for it must hold."""
+    concept = '[[concepts]]\nname = "footwear"\ndataset = "footwear.parquet"\nceiling = 0.5\n'
+    policy = example_policy(*MERGED, (concept, ""))
+    made = judge(tmp_path / "model", fixed_key(tmp_path, 1), policy=policy)
+    assert made.candidate.verdict.passed
+    made.release()
+    assert check(tmp_path / "model", ours).states == (State.INTACT,)
 
 
 def test_the_name_of_the_folder_does_not_matter(folder: Path, ours: Key) -> None:
