@@ -68,7 +68,11 @@ def test_result(verdict: Verdict, policy: Descriptor) -> Json:
 
 
 def svr(evidence: Evidence, verdict: Verdict, policy: Policy, descriptor: Descriptor) -> Json:
-    """Predicate SVR v0.2: only what holds, each property with its bound."""
+    """Predicate SVR v0.2: only what holds, each property with its bound.
+
+    A family that is void at some place has no check there, so it does not hold everywhere.
+    """
+    names = {check.name for check in verdict.checks}
     families: dict[str, list[bool]] = {}
     for check in verdict.checks:
         kind, _, rest = check.name.partition("/")
@@ -81,8 +85,18 @@ def svr(evidence: Evidence, verdict: Verdict, policy: Policy, descriptor: Descri
         "properties": sorted(
             svr_property(family, budget, evidence.suite)
             for family, held in families.items()
-            if all(held) and verdict.passed
+            if all(held) and verdict.passed and _judged_at(family, policy) <= names
         ),
+    }
+
+
+def _judged_at(family: str, policy: Policy) -> set[str]:
+    """The checks of a family at all targets it is listed for, at every precision."""
+    return {
+        f"resists/{family}/{target.name}@{precision}"
+        for target in policy.targets
+        if any(attack.family == family for attack in policy.aimed_at(target))
+        for precision in policy.precisions
     }
 
 

@@ -38,6 +38,7 @@ from release_guard.evidence import (
 from release_guard.gate import gate
 from release_guard.manifest import FileEntry, Manifest
 from release_guard.policy import Policy
+from release_guard.predicates import svr
 from release_guard.release import Candidate, Check, Interval, Result, Strength, Verdict
 from release_guard.signers.key import Key
 from release_guard.sweep import places
@@ -376,6 +377,19 @@ def test_every_attack_says_why_it_was_tried() -> None:
         == sum(ended[ending] for ending in ("breached", "survived", "collapsed", "failed"))
     )
     assert ended["failed"] > 0
+
+
+def test_an_attack_that_is_void_at_one_precision_has_no_property() -> None:
+    policy = example_policy(('["fp32"]', '["fp32", "nf4"]'))
+
+    def btb(asked: Asked) -> float:
+        is_idle = (asked.attack.name, asked.precision) == ("linear_probe", "nf4")
+        return 10**6 if is_idle and asked.arm == "undefended" else strong(policy)(asked)
+
+    for found, properties in ((build(policy, btb), 2), (passing_evidence(policy), 3)):
+        verdict = gate(found, policy)
+        assert verdict.passed
+        assert len(svr(found, verdict, policy, {})["properties"]) == properties
 
 
 def test_an_arm_that_nobody_had_has_no_budget_to_breach() -> None:
