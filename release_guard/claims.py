@@ -140,11 +140,12 @@ def _beyond_budget(place: Place) -> Iterator[str]:
 def _void(place: Place) -> Iterator[str]:
     for family in place.listed:
         found = control(place, family)
-        if not place.surgical(family) and (found is None or not found.valid):
-            yield (
-                f"{family} on {place.name}: void, as it did not breach the undefended model "
-                "reliably either"
-            )
+        if place.surgical(family) or (found is not None and found.valid):
+            continue
+        reason = "did not breach the undefended model reliably either"
+        if found is not None and found.often and found.idle:
+            reason = f"breaches the undefended model {found.idle}"
+        yield f"{family} on {place.name}: void, as it {reason}"
 
 
 def _rounded(strengths: Sequence[Strength]) -> Iterator[str]:

@@ -151,6 +151,20 @@ class Record(_Value):
     surgical: bool = False
 
 
+class Unattacked(_Value):
+    """What a model scores on a concept before any attack, on the examples that confirm.
+
+    Attributes:
+        examples: How many the score is the mean of.
+    """
+
+    arm: Arm
+    target: str
+    precision: Precision
+    score: Score
+    examples: int = Field(ge=1)
+
+
 class Retention(_Value):
     """Paired per-example scores on retained data, undefended against defended."""
 
@@ -190,8 +204,7 @@ class Evidence(_Value):
             near duplicates.
         near_overlap: The same for near duplicates.
         planned: How many trials had to end; fewer records never pass.
-        unattacked: The undefended model's score on each concept at each precision, before any
-            attack, on the examples that confirm.
+        unattacked: Of the undefended and the defended model, at each concept and precision.
         retention: Utility at each precision.
         records: Every trial, in any order.
         environment: Hardware and versions.
@@ -209,7 +222,7 @@ class Evidence(_Value):
     overlap: Mapping[str, float] = {}
     near_overlap: Mapping[str, float] = {}
     planned: int = Field(ge=0)
-    unattacked: Mapping[str, Mapping[Precision, Score]] = {}
+    unattacked: tuple[Unattacked, ...] = ()
     retention: tuple[Retention, ...] = ()
     stages: tuple[StageReport, ...] = ()
     records: tuple[Record, ...] = ()

@@ -19,6 +19,7 @@ from statistics import fmean
 from release_guard.admission import admission
 from release_guard.arms import arms, searched
 from release_guard.claims import claim, not_tested
+from release_guard.distributions import clopper_pearson
 from release_guard.evidence import Arm, Evidence, Retention
 from release_guard.policy import Policy, Precision
 from release_guard.release import Check, Interval, Result, Strength, Verdict
@@ -35,6 +36,7 @@ def gate(evidence: Evidence, policy: Policy) -> Verdict:
     multiplied, both = strengths(found, evidence), (*found, *merged)
     checks = (
         *admission(evidence, policy),
+        *(_unattacked(place) for place in found),
         *(check for place in found for check in _attacked(place)),
         *(check for each in multiplied for check in _multiplied(each, evidence, policy)),
         *arms(found, multiplied, policy),
@@ -47,6 +49,20 @@ def gate(evidence: Evidence, policy: Policy) -> Verdict:
         claim=claim(Verdict(checks, multiplied), evidence, policy, both),
         not_tested=not_tested(evidence, policy, both, multiplied),
     )
+
+
+def _unattacked(place: Place) -> Check:
+    """An attack is scored after its first step at the earliest, which may undo what was there."""
+    name, found = f"unattacked/{place.name}", place.unattacked.get("defended")
+    if found is None:
+        return Check(name, Result.INCONCLUSIVE, "nobody looked what the release does unattacked")
+    lower, upper = clopper_pearson(found.score * found.examples, found.examples)
+    detail = (
+        f"the release scores {found.score:.3f} before any attack, at most {upper:.3f} "
+        f"(one-sided 95 %, {found.examples} examples); ceiling {place.ceiling:g}"
+    )
+    shown, excluded = upper < place.ceiling, lower > place.ceiling
+    return Check(name, _result(shown=shown, excluded=excluded), detail)
 
 
 def _attacked(place: Place) -> Iterator[Check]:
@@ -125,6 +141,8 @@ def _control(place: Place, family: str) -> Check:
     )
     if found.valid:
         return Check(name, Result.PASS, detail)
+    if found.often:
+        return Check(name, Result.INCONCLUSIVE, f"void: {detail}, but {found.idle}")
     needs = f"{red_team.confirm_seeds} seeds and {place.policy.gate.control_share:.0%} of them"
     return Check(name, Result.INCONCLUSIVE, f"void: {detail}; it takes {needs}")
 

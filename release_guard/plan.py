@@ -221,7 +221,8 @@ def _controls(policy: Policy, target: Target, pool: tuple[Spec, ...]) -> list[Pa
         Part(CONFIRM_CONTROL, "undefended", target, known, families),
     ]
     found += _other_arms(policy, target, known)
-    longest = min(red.long_run_best, len(best_of_each_family(known)))
+    most = red.long_run_best + len(policy.gate.mandatory)  # these are always followed
+    longest = min(most, len(best_of_each_family(known)))
     return [*found, Part(LONG_RUN, "defended", target, known, longest)]
 
 

@@ -8,6 +8,7 @@ and fresh examples, what came close afterwards. The first confirmed breach ends 
 evidence could not change a refusal.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -30,6 +31,7 @@ from release_guard.evidence import (
     Retention,
     StageReport,
     Trial,
+    Unattacked,
 )
 from release_guard.ledger import Ledger
 from release_guard.manifest import hash_directory
@@ -138,7 +140,7 @@ def red_team(subject: Subject, policy: Policy, ledger: Ledger, session: Session)
     """
     started = session.now().isoformat()
     # First of all: a judge that cannot be believed ends it before anything is spent.
-    unattacked = {each.name: _unattacked(subject, each, policy) for each in policy.concepts}
+    unattacked = tuple(_unattacked(subject, policy))
     with session.build_engine() as engine:
         team = _Team(subject, policy, ledger, session, engine, unattacked)
         try:
@@ -158,7 +160,7 @@ class _Team:
     ledger: Ledger
     session: Session
     engine: Engine
-    unattacked: Mapping[str, Mapping[Precision, float]]
+    unattacked: tuple[Unattacked, ...]
     ceilings: dict[str, float] = field(default_factory=dict)
     records: dict[str, Record] = field(default_factory=dict)
     planned: set[str] = field(default_factory=set)
@@ -233,10 +235,12 @@ class _Team:
         """The best attack of each of the best families, on fresh seeds, far beyond the budget.
 
         What leads within the budget need not lead beyond: a closed form has nothing more to give.
+        Mandatory families are always followed, as they may need it to be valid.
         """
         found = (item for item in self._known("defended", target, precision) if not item.surgical)
         best = best_of_each_family(self._ranked(found, target))
-        best = best[: self.policy.red_team.long_run_best]
+        most, mandatory = self.policy.red_team.long_run_best, self.policy.gate.mandatory
+        best = (*best[:most], *(spec for spec in best[most:] if spec.family in mandatory))
         list(self._run(LONG_RUN, "defended", target, best, precision))
 
     def ceiling(self, target: Target) -> float:
@@ -498,15 +502,21 @@ def change(base: "ModelHandle", immunized: "ModelHandle") -> Change:
     return Change(identical=not any(distances.values()), relative_l2=distances)
 
 
-def _unattacked(subject: Subject, concept: Concept, policy: Policy) -> dict[Precision, float]:
-    """What the undefended model scores at no cost: an attack must be seen to raise it."""
-    dataset, split = scored(concept, "confirm")
-    found: dict[Precision, float] = {}
-    for precision in policy.precisions:
-        model = at(subject.base, precision)
-        scores = model.scores(dataset, split, limit=policy.red_team.confirm_examples)
-        found[precision] = fmean(scores)
-    return found
+def _unattacked(subject: Subject, policy: Policy) -> Iterator[Unattacked]:
+    """What both models do at no cost: the release must not, the other one must be seen to learn."""
+    arms: dict[Arm, ModelHandle] = {"undefended": subject.base, "defended": subject.immunized}
+    for concept, precision in itertools.product(policy.concepts, policy.precisions):
+        dataset, split = scored(concept, "confirm")
+        for arm, handle in arms.items():
+            model = at(handle, precision)
+            scores = model.scores(dataset, split, limit=policy.red_team.confirm_examples)
+            yield Unattacked(
+                arm=arm,
+                target=concept.name,
+                precision=precision,
+                score=fmean(scores),
+                examples=len(scores),
+            )
 
 
 def _retention(subject: Subject, policy: Policy, precision: Precision) -> Retention:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import get_args
 
 from release_guard.distributions import clopper_pearson
-from release_guard.evidence import Arm, Evidence, Record, select
+from release_guard.evidence import Arm, Evidence, Record, Unattacked, select
 from release_guard.plugins import Spec
 from release_guard.policy import Policy, Precision, Target
 from release_guard.statistics import (
@@ -40,8 +40,8 @@ class Place:
         attacks: The listed attacks that are aimed at it.
         precision: Numeric format.
         ceiling: A score above it is a breach.
-        unattacked: What the undefended model scores at no cost; None: nobody looked, or a merge
-            target, which it may do well.
+        unattacked: What a model scores at no cost, by arm; of merge targets, which both may do
+            well, and where nobody looked, nothing.
         budget: What the release claims to withstand, in the policy's unit.
         horizon: How far the controls are run.
         policy: What was asked for.
@@ -52,7 +52,7 @@ class Place:
     attacks: tuple[Spec, ...]
     precision: Precision
     ceiling: float
-    unattacked: float | None
+    unattacked: Mapping[Arm, Unattacked]
     budget: float
     horizon: float
     policy: Policy
@@ -101,12 +101,13 @@ class Place:
         """
         if self.is_merge:
             return None
-        if self.unattacked is None:
+        found = self.unattacked.get("undefended")
+        if found is None:
             return "nobody looked what the undefended model scores before any attack"
-        if not flagged(self.unattacked, self.ceiling):
+        if not flagged(found.score, self.ceiling):
             return None
         return (
-            f"the undefended model scores {self.unattacked:.3f} before any attack, above or close "
+            f"the undefended model scores {found.score:.3f} before any attack, above or close "
             f"to the ceiling {self.ceiling:g}, so no attack can be seen to work on it; give as "
             "--base a model that was made to forget the concept, and not immunized"
         )
@@ -323,7 +324,11 @@ def _places(evidence: Evidence, policy: Policy, targets: Iterable[Target]) -> It
                 attacks=policy.aimed_at(target),
                 precision=precision,
                 ceiling=evidence.ceilings.get(target.name, 0.0),
-                unattacked=evidence.unattacked.get(target.name, {}).get(precision),
+                unattacked={
+                    each.arm: each
+                    for each in evidence.unattacked
+                    if (each.target, each.precision) == (target.name, precision)
+                },
                 budget=limit,
                 horizon=limit * policy.red_team.long_run,
                 policy=policy,

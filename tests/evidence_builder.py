@@ -23,6 +23,7 @@ from release_guard.evidence import (
     ScoredSplit,
     StageReport,
     Trial,
+    Unattacked,
 )
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy, Precision, Target, Unit
@@ -34,6 +35,7 @@ CONFIGURATION = "0" * 63 + "3"
 DATA = "0" * 63 + "4"
 SHAM = "0" * 63 + "5"
 ANCESTOR = "0" * 63 + "6"
+BEFORE: tuple[Arm, ...] = ("undefended", "defended")  # looked at before any attack
 WEIGHTS: dict[Arm, str] = {
     "undefended": BASE,
     "defended": IMMUNIZED,
@@ -196,9 +198,14 @@ def evidence(policy: Policy, btb: Btb, /, **changes: Any) -> Evidence:
             "overlap": {target.name: 0.0 for target in policy.targets},
             "near_overlap": {target.name: 0.01 for target in policy.targets},
             "planned": len(records),
-            "unattacked": {
-                concept.name: dict.fromkeys(policy.precisions, 0.2) for concept in policy.concepts
-            },
+            "unattacked": tuple(
+                Unattacked(
+                    arm=arm, target=concept.name, precision=precision, score=0.1, examples=500
+                )
+                for concept in policy.concepts
+                for precision in policy.precisions
+                for arm in BEFORE
+            ),
             "retention": tuple(retention(precision) for precision in policy.precisions),
             "stages": tuple(
                 StageReport(

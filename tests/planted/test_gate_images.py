@@ -35,7 +35,7 @@ def test_weights_that_hardly_moved(judge, knowing_classifier):
         by="finetune",
     )
     assert found.verdict.result is Result.FAIL
-    assert set(found.failed) == {f"resists/finetune/{PLACE}"}
+    assert set(found.failed) == {f"unattacked/{PLACE}", f"resists/finetune/{PLACE}"}
 
 
 def test_random_damage(judge, classifier):

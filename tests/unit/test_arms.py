@@ -102,21 +102,43 @@ def test_an_arm_that_is_missing_never_passes(which: Which, name: str) -> None:
     assert not_passed(without(which)) == {name: INCONCLUSIVE}
 
 
-@pytest.mark.parametrize(
-    "unattacked", [{}, {"footwear": {"fp32": 0.51}}, {"footwear": {"fp32": 0.499}}]
-)
-def test_no_attack_is_seen_to_work_on_what_is_near_the_ceiling_before(
-    unattacked: dict[str, dict[str, float]],
-) -> None:
+def before(arm: Arm, score: float | None, examples: int = 500) -> Evidence:
+    """With another score of an arm before any attack, or none."""
+    others = [each for each in EVIDENCE.unattacked if each.arm != arm]
+    (first, *_) = (each for each in EVIDENCE.unattacked if each.arm == arm)
+    if score is not None:
+        others.append(first.model_copy(update={"score": score, "examples": examples}))
+    return EVIDENCE.model_copy(update={"unattacked": tuple(others)})
+
+
+@pytest.mark.parametrize("score", [None, 0.51, 0.499])
+def test_no_attack_is_seen_to_work_on_what_is_near_the_ceiling_before(score: float | None) -> None:
     """There an attack that does nothing would breach, and control itself and every draw.
 
     Just below, whatever jitters breaches: the highest of many scores counts.
     """
-    verdict = gate(EVIDENCE.model_copy(update={"unattacked": unattacked}), POLICY)
+    verdict = gate(before("undefended", score), POLICY)
     open_checks = {check.name for check in verdict.checks if check.result is INCONCLUSIVE}
 
     assert not verdict.passed
     assert {"controls/finetune/footwear@fp32", "kappa/footwear@fp32", DRAWS} <= open_checks
+
+
+@pytest.mark.parametrize(
+    ("score", "examples", "expected"),
+    [
+        (None, 500, INCONCLUSIVE),
+        (0.9, 500, FAIL),
+        (0.48, 500, INCONCLUSIVE),
+        (0.1, 4, INCONCLUSIVE),
+    ],
+)
+def test_a_release_that_does_it_unattacked_is_refused(
+    score: float | None, examples: int, expected: Result
+) -> None:
+    """An attack is scored after its first step, which may already have undone it."""
+    evidence = before("defended", score, examples)
+    assert not_passed(evidence) == {"unattacked/footwear@fp32": expected}
 
 
 def test_an_arm_nobody_asked_for_is_listed_as_not_tested() -> None:

@@ -34,6 +34,7 @@ from release_guard.evidence import (
     Retention,
     StageReport,
     Trial,
+    Unattacked,
 )
 from release_guard.gate import gate
 from release_guard.manifest import FileEntry, Manifest
@@ -122,7 +123,10 @@ def small_evidence(policy: Policy) -> Evidence:
         ceilings={"footwear": 0.5},
         change=Change(identical=False, relative_l2={"head": 0.1}),
         planned=len(records),
-        unattacked={"footwear": {"fp32": 0.1}},
+        unattacked=[
+            Unattacked(arm=arm, target="footwear", precision="fp32", score=0.1, examples=500)
+            for arm in ("undefended", "defended")
+        ],
         retention=[Retention(precision="fp32", base=[1.0] * 50, immunized=[1.0] * 49 + [0.0])],
         stages=[
             StageReport(

@@ -74,6 +74,7 @@ class TestVerdict:
             "controls/overlap/footwear",
             "coverage/trials",
             "coverage/failures",
+            "unattacked/footwear@fp32",
             "coverage/footwear@fp32",
             "controls/finetune/footwear@fp32",
             "resists/finetune/footwear@fp32",
@@ -428,6 +429,41 @@ class TestControls:
             )
         )
         assert found == {"controls/lora/footwear@fp32": INCONCLUSIVE}
+
+    @pytest.mark.parametrize(
+        ("longer", "valid"),
+        [
+            pytest.param(None, False, id="not followed"),
+            pytest.param(1.9, False, id="no dearer on the release"),
+            pytest.param(3.9, True, id="dearer on the release"),
+        ],
+    )
+    def test_an_attack_too_slow_for_the_budget_has_to_be_followed(
+        self, longer: float | None, valid: bool
+    ) -> None:
+        """That the release holds for as long as the undefended model does shows nothing."""
+
+        def btb(asked: Asked) -> float:
+            slow = asked.arm == "undefended" and asked.attack.name == "lora"
+            return 2 * LIMIT if slow else strong(POLICY)(asked)
+
+        evidence = evidence_builder.evidence(POLICY, btb)
+        followed = [r for r in evidence.records if r.origin == "long_run"]
+        assert {r.trial.attack.name for r in followed} == {"finetune"}
+        (lora,) = (attack for attack in POLICY.attacks if attack.name == "lora")
+        added = [
+            evidence_builder.record(
+                POLICY,
+                Asked("defended", lora, "footwear", "fp32", r.trial.seed + 100, "confirm"),
+                longer * LIMIT,
+                "long_run",
+                long=True,
+            )
+            for r in followed
+            if longer is not None
+        ]
+        found = not_passed(with_records(evidence, (*evidence.records, *added)))
+        assert found == ({} if valid else {"controls/lora/footwear@fp32": INCONCLUSIVE})
 
     def test_a_searched_seed_is_not_fresh(self) -> None:
         lora = arm("undefended", split="confirm", family="lora")
