@@ -42,27 +42,29 @@ def table() -> list[str]:
     return [code for cell in cells for code in CODE.findall(cell)]
 
 
-def resolve(line: str) -> tuple[click.Command, list[str]]:
+def resolve(line: str) -> tuple[click.Command, list[str], click.Context]:
+    """The command, its arguments, and the context above it, whose settings it keeps."""
     command: click.Command = cli
     arguments = shlex.split(line)
+    above = click.Context(cli, **cli.context_settings)
     while isinstance(command, click.Group):
-        _, found, arguments = command.resolve_command(click.Context(command), arguments)
+        _, found, arguments = command.resolve_command(above, arguments)
         assert found is not None
         command = found
-    return command, arguments
+    return command, arguments, above
 
 
 @pytest.mark.parametrize("line", commands())
 def test_shown_commands_parse(line: str) -> None:
-    command, arguments = resolve(line)
-    command.make_context(command.name, arguments)
+    command, arguments, above = resolve(line)
+    command.make_context(command.name, arguments, parent=above)
 
 
 @pytest.mark.parametrize("line", table())
 def test_listed_commands_take_what_is_listed(line: str) -> None:
-    command, arguments = resolve(line.replace("SHELL", "bash"))
+    command, arguments, above = resolve(line.replace("SHELL", "bash"))
     if arguments:
-        command.make_context(command.name, arguments)
+        command.make_context(command.name, arguments, parent=above)
 
 
 def test_something_was_found() -> None:
