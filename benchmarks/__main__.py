@@ -20,7 +20,16 @@ from benchmarks._common import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
-NAMES = ("demo", "sweep", "attack_vs_trainer", "gate_error_rates", "provenance")
+NAMES = (
+    "demo",
+    "sweep",
+    "engines",
+    "attack_vs_trainer",
+    "merging",
+    "gate_error_rates",
+    "planted",
+    "provenance",
+)
 _QUIET = 0.1  # share of the cores; above it the machine counts as shared
 
 INTRODUCTION = """# Results

@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from gate_simulation import SCENARIOS, simulate
 
 from benchmarks._common import machine, record, table
+from release_guard.distributions import clopper_pearson
 from release_guard.release import Result
-from release_guard.statistics import clopper_pearson
+from release_guard.statistics import REFUTING_SEEDS
 
 TITLE = "How often the gate is wrong"
 GATES, SEED, MOST = 500, 20260101, 0.05
@@ -29,7 +30,7 @@ def main() -> None:
         rows.append(
             {
                 "scenario": truth.name,
-                "seeds": f"{truth.searched} + {truth.seeds}",
+                "seeds": f"{truth.searched} + {max(truth.seeds, REFUTING_SEEDS)}",
                 "gates": GATES,
                 **{result.value: counts[result] for result in Result},
                 "wrong": truth.wrong.value,
@@ -44,7 +45,11 @@ def main() -> None:
 
 def markdown(result: Mapping[str, Any]) -> str:
     rows = result["rows"]
-    header = ["truth", "seeds (search + fresh)", *(kind.upper() for kind in Result)]
+    header = [
+        "truth",
+        "seeds on the defended model (search + fresh)",
+        *(kind.upper() for kind in Result),
+    ]
     header += ["error", "rate", "upper 95 %"]
     cells = [
         [
@@ -61,6 +66,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{table(header, cells)}\n\nMade-up models of known truth, {rows[0]['gates']} simulated "
         "red teams a row, judged by the real gate. `error` is the verdict that would be wrong. "
         "INCONCLUSIVE refuses: of a sound model that is a cost, not an error. "
+        "A harm that rises like a cliff gives no warning before it, so one seed of a search may "
+        "miss it and the fresh seeds go to another attack; more seeds of the search find it. "
         f"Target: at most {MOST:.0%}. Measured above it: {_above(rows, 'rate')}. "
         f"Upper bound above it: {_above(rows, 'upper95')}. What this says of real attacks depends "
         "on how like these models real ones are."

@@ -1,4 +1,4 @@
-"""The red team: two workers against one process, the time to refuse, what the ledger saves.
+"""The red team: the time to refuse, what the ledger saves.
 
 python -m benchmarks sweep
 
@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks._common import (
@@ -21,32 +20,18 @@ from benchmarks._common import (
     Time,
     demo_model,
     demo_policy,
-    in_turns,
     machine,
-    ratios,
     record,
     session,
     spread,
     table,
 )
-from release_guard.engine import Engine, Job, run_trial
-from release_guard.evidence import Evidence, Outcome
-from release_guard.modalities import Modality
+from release_guard.evidence import Evidence
 from release_guard.policy import Budget, Policy
 from release_guard.publish import Order, assess
-from release_guard.redteam import MIDPOINT, Ground
-from release_guard.search import listed
 
 TITLE = "Red team"
-STEPS, ROUNDS, REFUSALS = 48, 3, 3
-_REFUSED = 3
-SWEEP_CAPTION = """\
-The demo's smoke sweep on its unprotected model, no trial ended early, the closed-form probe
-included; median (range) of {rounds} rounds in turns, one thread a process, every score the same to
-the last digit. Start-up: two new processes import torch, load model and data and run one step. The
-best ratio of wall times is 0.50, on two idle cores. Where other work holds the cores, wall times
-say what was left of the machine, not what the workers do; the CPU seconds of the busier worker
-against those of one process say what the ratio of wall times would be on two free cores."""
+REFUSALS, _REFUSED = 3, 3
 REFUSAL_CAPTION = """\
 `release-guard publish --as-is` with the demo's policy, new process, empty ledger, two workers;
 median (range) of {rounds}. The first breach that fresh seeds and examples confirm ends it, so few
@@ -67,7 +52,6 @@ def main() -> None:
         result = {
             "seeds": [policy.seed],
             "machine": about,
-            "sweep": sweep(model, policy),
             "refusals": [refusal(folder, f"go-{number}") for number in range(REFUSALS)],
             "whole": rerun_of_all(folder, model, policy),
         }
@@ -77,51 +61,12 @@ def main() -> None:
 def markdown(result: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
-            "### Two workers against one process",
-            _sweep_markdown(result["sweep"]),
             "### Refusing the unprotected model",
             _refusal_markdown(result["refusals"]),
             "### What the ledger saves",
             _ledger_markdown([*result["refusals"], result["whole"]]),
         ]
     )
-
-
-def sweep(model: Path, policy: Policy) -> dict[str, Any]:
-    """The same trials in this process, one after another, and by two workers."""
-    jobs, warming = sweep_jobs(model, policy, STEPS), sweep_jobs(model, policy, 1)[:WORKERS]
-    pools: list[dict[str, float]] = []
-    scores: list[Any] = []
-
-    def alone() -> Time:
-        taken, outcomes = Time.of(lambda: [run_trial(job) for job in jobs])
-        scores.append(_scores(outcomes))
-        return taken
-
-    def together() -> Time:
-        taken, (pool, outcomes) = Time.of(lambda: _by_workers(jobs, warming))
-        scores.append(_scores(outcomes))
-        pools.append(pool)
-        return taken
-
-    times = in_turns({"one process": alone, "two workers": together}, ROUNDS)
-    if any(found != scores[0] for found in scores):
-        raise SystemExit("the same trials came to different scores")
-    return {"steps": STEPS, "trials": len(jobs), "times": times, "pools": pools[-ROUNDS:]}
-
-
-def sweep_jobs(model: Path, policy: Policy, steps: int) -> list[Job]:
-    """The demo's attacks on the undefended arm; nothing ends them early."""
-    budget = Budget(unit="steps", limit=steps)
-    policy = policy.model_copy(
-        update={"red_team": policy.red_team.model_copy(update={"budget": budget})}
-    )
-    (concept,) = policy.concepts
-    base = Modality.build(policy.modality).load(str(model))
-    trials = Ground.of(base, model, None, policy).trials(
-        MIDPOINT, "undefended", concept, listed(policy, concept), policy.precisions, 1.0
-    )
-    return [Job(trial, str(model), policy) for trial in trials]
 
 
 def refusal(folder: Path, go: str) -> dict[str, Any]:
@@ -167,31 +112,6 @@ def rerun_of_all(folder: Path, model: Path, policy: Policy) -> dict[str, Any]:
     }
 
 
-def _by_workers(
-    jobs: Sequence[Job], warming: Sequence[Job]
-) -> tuple[dict[str, float], list[Outcome]]:
-    """Start, one tiny trial a worker, then the work; seconds of both parts, outcomes in order."""
-    with Engine(WORKERS) as engine:
-        start, _ = Time.of(lambda: list(engine.run(warming)))
-        before = _cpu_of_workers()
-        work, found = Time.of(lambda: list(engine.run(jobs)))
-        spent = [after - cpu for after, cpu in zip(_cpu_of_workers(), before, strict=True)]
-    pool = {"start": start.wall, "work": work.wall, "cpu": sum(spent), "busiest": max(spent)}
-    outcomes = {job.trial.key: outcome for job, outcome in found}
-    return pool, [outcomes[job.trial.key] for job in jobs]
-
-
-def _cpu_of_workers() -> list[float]:
-    children = sorted(psutil.Process().children(), key=lambda child: child.pid)
-    return [child.cpu_times().user + child.cpu_times().system for child in children]
-
-
-def _scores(outcomes: Sequence[Outcome]) -> list[list[float]]:
-    if failed := [outcome.note for outcome in outcomes if outcome.ending != "survived"]:
-        raise SystemExit(f"a trial did not run whole: {failed[0]}")
-    return [[point.score for point in outcome.curve] for outcome in outcomes]
-
-
 def _publish(folder: Path, output: Path) -> dict[str, Any]:
     arguments = [str(folder / "model"), "--policy", str(folder / "policy.toml")]
     arguments += ["--repo", "atelier/benchmark", "--output", str(output), "--as-is", "--json"]
@@ -213,28 +133,6 @@ def _publish(folder: Path, output: Path) -> dict[str, Any]:
 
 def _ledger_lines(runs: Path) -> int:
     return len((runs / "trials.jsonl").read_bytes().splitlines())
-
-
-def _sweep_markdown(found: Mapping[str, Any]) -> str:
-    alone, together = ([Time(*taken) for taken in some] for some in found["times"].values())
-    pools = found["pools"]
-    work = [Time(pool["work"], pool["cpu"]) for pool in pools]
-    busiest = [Time(pool["work"], pool["busiest"]) for pool in pools]
-    rows = [
-        ["one process, one after another", _walls(alone), _cpus(alone), "1", "1"],
-        ["two workers, start-up left out", *_against(work, alone)],
-        ["the busier worker of the two", "-", _cpus(busiest), "-", _cpus(ratios(busiest, alone))],
-        ["two workers, start-up included", *_against(together, alone)],
-        ["start-up alone", spread([pool["start"] for pool in pools]), "-", "-", "-"],
-    ]
-    header = [f"{found['trials']} trials of {found['steps']} steps", "wall s", "CPU s"]
-    header += ["ratio wall", "ratio CPU"]
-    return f"{table(header, rows)}\n\n{SWEEP_CAPTION.format(rounds=len(alone))}"
-
-
-def _against(ours: Sequence[Time], theirs: Sequence[Time]) -> list[str]:
-    found = ratios(ours, theirs)
-    return [_walls(ours), _cpus(ours), _walls(found), _cpus(found)]
 
 
 def _refusal_markdown(refusals: Sequence[Mapping[str, Any]]) -> str:

@@ -115,7 +115,7 @@ def _profiles() -> Iterator[str]:
     yield f"| key | {' | '.join(names)} |"
     yield f"|---|{'---|' * len(names)}"
     for key in policy.PROFILES[names[0]]:
-        values = [f"{policy.PROFILES[name][key]:g}" for name in names]
+        values = [json.dumps(policy.PROFILES[name][key]).removesuffix(".0") for name in names]
         yield f"| `{key}` | {' | '.join(values)} |"
 
 
@@ -131,12 +131,13 @@ def _table(model: type[BaseModel]) -> Iterator[str]:
     if not model.model_fields:
         yield "No options."
         return
-    texts = _docstrings(model)
+    texts, profile = _docstrings(model), next(iter(policy.PROFILES.values()))
     yield "| key | type | default | meaning |"
     yield "|---|---|---|---|"
     for key, field in model.model_fields.items():
         meaning = field.description or texts.get(key) or _class_text(field.annotation)
-        cells = (f"`{key}`", _type(field.annotation), _default(field), _one_line(meaning))
+        default = "the profile's" if model is policy.RedTeam and key in profile else _default(field)
+        cells = (f"`{key}`", _type(field.annotation), default, _one_line(meaning))
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -398,4 +398,5 @@ _FACTORS: Mapping[ScheduleName, Callable[[float], float]] = {
 
 
 def _size(weights: Iterable[Tensor]) -> int:
-    return sum(weight.numel() for weight in weights)
+    """How many numbers; packed ones (bitsandbytes) are counted as if they were not."""
+    return sum(math.prod(getattr(weight, "quant_state", weight).shape) for weight in weights)

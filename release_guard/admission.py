@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from release_guard.evidence import SUITE, Evidence, Trial
-from release_guard.policy import Policy
+from release_guard.policy import MergeTarget, Policy, Target
 from release_guard.release import Check, Result
 from release_guard.sweep import finished
 
@@ -12,8 +12,8 @@ def admission(evidence: Evidence, policy: Policy) -> Iterator[Check]:
     """Checks that concern no single attack: the files, the policy, the data, the ledger."""
     yield _changed(evidence)
     yield _provenance(evidence, policy)
-    for concept in policy.concepts:
-        yield _overlap(evidence, policy, concept.name)
+    for target in policy.targets:
+        yield _overlap(evidence, policy, target)
     yield _trials(evidence)
     yield _failures(evidence, policy)
 
@@ -46,15 +46,30 @@ def _foreign(evidence: Evidence, policy: Policy) -> Iterator[str]:
         yield f"the evidence is of suite {evidence.suite}, this is suite {SUITE}"
     if finished(evidence) is None:
         yield f"when it was gathered cannot be read ({evidence.finished_at!r})"
-    for concept in policy.concepts:
-        ceiling = evidence.ceilings.get(concept.name)
-        if ceiling is None or not 0 < ceiling < 1 or concept.ceiling not in {ceiling, "midpoint"}:
-            yield f"{concept.name}: the ceiling was {ceiling}, the policy says {concept.ceiling}"
+    for target in policy.targets:
+        ceiling = evidence.ceilings.get(target.name)
+        if ceiling is None or not 0 < ceiling < 1 or target.ceiling not in {ceiling, "midpoint"}:
+            yield f"{target.name}: the ceiling was {ceiling}, the policy says {target.ceiling}"
     trials = [record.trial for record in evidence.records]
     if others := sum(not _at_hand(trial, evidence, policy) for trial in trials):
         yield f"{others} trials are of other weights, another suite, ceiling or unit"
+    yield from _mixed(evidence)
     if len({(trial.target, trial.data) for trial in trials}) > len({t.target for t in trials}):
         yield "trials of one target used different data"
+
+
+def _mixed(evidence: Evidence) -> Iterator[str]:
+    """A control that is one of the models it controls, or several."""
+    roots: dict[str, set[str]] = {}
+    for trial in (record.trial for record in evidence.records):
+        roots.setdefault(trial.arm, set()).add(trial.weights)
+    if roots.get("sham", set()) & {evidence.base, evidence.immunized}:
+        yield "the sham is the undefended or the defended model itself"
+    if evidence.immunized in roots.get("ancestor", set()):
+        yield "the ancestor is the defended model itself"
+    yield from (
+        f"the {arm} arm is several models" for arm, found in roots.items() if len(found) > 1
+    )
 
 
 def _at_hand(trial: Trial, evidence: Evidence, policy: Policy) -> bool:
@@ -67,16 +82,17 @@ def _at_hand(trial: Trial, evidence: Evidence, policy: Policy) -> bool:
     )
 
 
-def _overlap(evidence: Evidence, policy: Policy, target: str) -> Check:
-    name, share = f"controls/overlap/{target}", evidence.overlap.get(target)
+def _overlap(evidence: Evidence, policy: Policy, target: Target) -> Check:
+    name, share = f"controls/overlap/{target.name}", evidence.overlap.get(target.name)
+    others = "the donor's data" if isinstance(target, MergeTarget) else "the retained data"
     if share is None:
-        return Check(name, Result.INCONCLUSIVE, "overlap with the retained data was not measured")
-    near = evidence.near_overlap.get(target)
+        return Check(name, Result.INCONCLUSIVE, f"overlap with {others} was not measured")
+    near = evidence.near_overlap.get(target.name)
     also = "" if near is None else f" ({near:.1%} nearly)"
     return Check(
         name,
         Result.PASS if share <= policy.gate.max_overlap else Result.FAIL,
-        f"{share:.1%} of its examples stand in the retained data too{also}; "
+        f"{share:.1%} of its examples stand in {others} too{also}; "
         f"at most {policy.gate.max_overlap:.1%} may",
     )
 

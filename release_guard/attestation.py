@@ -49,6 +49,12 @@ class _Named(BaseModel):
     digest: Mapping[str, str] = {}
 
 
+class _Judged(BaseModel):
+    model_config = _Lenient
+    name: str
+    result: Literal["PASS", "FAIL", "INCONCLUSIVE"]
+
+
 class _Resistance(BaseModel):
     model_config = _Lenient
     suite: _Named
@@ -56,6 +62,7 @@ class _Resistance(BaseModel):
     report: _Named
     verdict: Literal["PASS", "FAIL", "INCONCLUSIVE"]
     claim: str
+    checks: tuple[_Judged, ...]
     finished: AwareDatetime = Field(alias="finishedAt")
     valid_until: AwareDatetime = Field(alias="validUntil")
 
@@ -87,6 +94,7 @@ class Claims:
         finished: When the red team ended.
         valid_until: When the claim expires.
         properties: What a consumer's own policy may ask for by name.
+        checks: Result of every check, by its name.
     """
 
     result: Result
@@ -97,11 +105,18 @@ class Claims:
     finished: datetime
     valid_until: datetime
     properties: frozenset[str]
+    checks: Mapping[str, Result]
 
     def lacking(self, policy: Policy) -> tuple[str, ...]:
-        """Properties that the policy's mandatory attacks must have earned, and have not."""
+        """Properties that must have been earned, and have not.
+
+        Of the mandatory attacks where there is a concept, and of all that merge targets list.
+        """
         budget = policy.red_team.budget
-        wanted = {svr_property(name, budget, self.suite) for name in policy.gate.mandatory}
+        families = set(policy.gate.mandatory if policy.concepts else ())
+        for target in policy.merge_targets:
+            families.update(attack.family for attack in policy.aimed_at(target))
+        wanted = {svr_property(family, budget, self.suite) for family in families}
         return tuple(sorted(wanted - self.properties))
 
 
@@ -200,6 +215,7 @@ def read_claims(sources: Mapping[str, bytes], expected: Sequence[Subject]) -> Cl
         finished=first.finished,
         valid_until=first.valid_until,
         properties=frozenset(third.properties),
+        checks={check.name: Result[check.result] for check in first.checks},
     )
 
 

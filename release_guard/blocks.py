@@ -4,18 +4,31 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-from release_guard import figures
+from release_guard import figures, wording
+from release_guard.draws import draws
 from release_guard.evidence import Arm, Evidence
 from release_guard.figures import Effort, Utility
 from release_guard.manifest import EVIDENCE_FOLDER, SIGNATURE
 from release_guard.policy import Policy
-from release_guard.release import Check, Result, Strength, Verdict
-from release_guard.sweep import Place, places
+from release_guard.release import Check, Result, Verdict
+from release_guard.standing import mean_share, standing
+from release_guard.sweep import Place, everywhere, places
 
 HEADING = "Fine-tuning resistance (release-guard)"
 
 _PAIR = ("U: score", "U: BTB", "D: score", "D: BTB")
-_RATIOS = ("target@precision", "kappa", "sigma", "head start", "kappa, long run")
+_STANDING = ("target@precision", "model", "trials", "breached", "collapsed", "stood for")
+_OVERVIEW = (
+    "target@precision",
+    "highest score",
+    "kappa",
+    "sigma",
+    "ancestor",
+    "lead over a sham",
+    "random attacks that breach or were lost",
+    "adaptive search",
+)
+_MOST_CHECKS = 20
 _UTILITY = ("precision", "U", "D", "loss", "95 % bound", "margin", "pairs")
 
 
@@ -43,7 +56,7 @@ def results(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
     unit = policy.red_team.budget.unit
     attacks = [
         _attack_row(place, label, efforts)
-        for place in places(evidence, policy)
+        for place in everywhere(evidence, policy)
         for label, efforts in _by_attack(place).items()
     ]
     scores = ("attack", "target@precision", "ceiling", *_PAIR, "on fresh seeds")
@@ -56,8 +69,11 @@ def results(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
         f"{_table(scores, attacks)}\n"
         "### What a breach costs\n\n"
         "kappa: BTB of D over that of U; sigma: over that of a model that never knew; head start: "
-        "BTB of the latter over that of U. In brackets: one-sided 95 % bounds.\n\n"
-        f"{_table(_RATIOS, [_strength_row(strength) for strength in verdict.strengths])}\n"
+        "BTB of the latter over that of U; ancestor: that of the public ancestor over that of U; "
+        "way out: BTB of D over the cheaper of the two. The lead over a sham, which moved as far "
+        "to no purpose, is one of resistance. In brackets: one-sided 95 % bounds.\n\n"
+        f"{_ratios(verdict)}\n"
+        f"{_standing(evidence, policy)}"
         "### What it costs the retained skill\n\n"
         f"{_table(_UTILITY, [_utility_row(kept) for kept in figures.utilities(evidence, policy)])}"
     )
@@ -69,18 +85,19 @@ def _attack_row(place: Place, label: str, efforts: Sequence[Effort | None]) -> S
     return (
         _code(label),
         _code(place.name),
-        figures.score(place.ceiling),
-        *_reach(undefended),
-        *_reach(defended),
+        wording.score(place.ceiling),
+        *_reach(place, undefended),
+        *_reach(place, defended),
         finding,
     )
 
 
-def _reach(effort: Effort | None) -> tuple[str, str]:
+def _reach(place: Place, effort: Effort | None) -> tuple[str, str]:
     if effort is None:
         return "not run", "not run"
     first = min(effort.costs, key=lambda cost: (cost.upper is None, cost.point))
-    return figures.score(effort.best), f"`{figures.least(first)}`"
+    cost = "-" if place.is_merge else f"`{wording.least(first)}`"
+    return wording.score(effort.best), cost
 
 
 def _by_attack(place: Place) -> Mapping[str, Sequence[Effort | None]]:
@@ -88,24 +105,62 @@ def _by_attack(place: Place) -> Mapping[str, Sequence[Effort | None]]:
     tried = [
         {effort.attack.label: effort for effort in figures.efforts(place, arm)} for arm in arms
     ]
-    labels = [attack.label for attack in place.policy.attacks]
-    return {label: [efforts.get(label) for efforts in tried] for label in labels}
+    labels = [attack.label for attack in place.attacks]
+    listed = {label: [efforts.get(label) for efforts in tried] for label in labels}
+    worst = [figures.worst_unlisted(place, arm) for arm in arms]
+    names = sorted({name for each in worst for name in each})
+    return listed | {f"{name}: the worst": [each.get(name) for each in worst] for name in names}
 
 
-def _strength_row(strength: Strength) -> Sequence[str]:
-    values = (strength.kappa, strength.sigma, strength.head_start, strength.long_run)
-    return (_code(_where(strength)), *map(figures.ratio, values))
+def _ratios(verdict: Verdict) -> str:
+    head, rows = wording.strength_table(verdict.strengths)
+    return _table(head, [(_code(where), *values) for where, *values in rows])
+
+
+def _standing(evidence: Evidence, policy: Policy) -> str:
+    """Who still stands at the budget, and what independent draws and a search say."""
+    rows = [
+        (
+            _code(place.name),
+            figures.ARM_NAMES[each.arm],
+            str(each.trials),
+            wording.percent(each.breached),
+            wording.percent(each.collapsed),
+            wording.percent(mean_share(place, each)),
+        )
+        for place in places(evidence, policy)
+        for each in standing(place)
+    ]
+    said = [f"- {_code(place)}: {found}\n" for place, found in _explored(evidence, policy)]
+    explored = f"\n{''.join(said)}" if said else ""
+    return (
+        "### Who still stands at the budget\n\n"
+        "Of the trials of the search on a model: the share that breached and that collapsed by the "
+        "budget (cumulative incidence), and the mean share of the logarithmic budget for which "
+        "they stood (restricted mean).\n\n"
+        f"{_table(_STANDING, rows)}{explored}\n"
+    )
+
+
+def _explored(evidence: Evidence, policy: Policy) -> list[tuple[str, str]]:
+    """Where something was drawn at random or searched for, and what that says."""
+    found = (
+        (place.name, said(place))
+        for place in everywhere(evidence, policy)
+        for said in (figures.of_draws, figures.of_search)
+    )
+    return [(name, said) for name, said in found if said]
 
 
 def _utility_row(kept: Utility) -> Sequence[str]:
     loss, bound = kept.loss.estimate, kept.loss.upper
     return (
         _code(kept.precision),
-        figures.score(kept.base),
-        figures.score(kept.immunized),
-        "not claimed" if loss is None else figures.points(loss),
-        "none" if bound is None else figures.points(bound),
-        figures.points(kept.margin),
+        wording.score(kept.base),
+        wording.score(kept.immunized),
+        "not claimed" if loss is None else wording.points(loss),
+        "none" if bound is None else wording.points(bound),
+        wording.points(kept.margin),
         str(kept.pairs),
     )
 
@@ -138,7 +193,7 @@ def limits(verdict: Verdict, policy: Policy) -> str:
     budget = policy.red_team.budget
     return (
         "### Limits of the claim\n\n"
-        f"- The claim ends at {figures.cost(budget.limit, budget.unit)} for each attack, at the "
+        f"- The claim ends at {wording.cost(budget.limit, budget.unit)} for each attack, at the "
         f"precisions {', '.join(policy.precisions)}, under this suite.\n"
         "- It no longer holds if the weights are changed, fine-tuned, merged, pruned or rounded to "
         "another format, if an attack is found that the suite does not have, or once it expires.\n"
@@ -154,24 +209,44 @@ def summary(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
     lines = [
         f"**{verdict.result.upper()}**: {_plain(verdict.claim or 'nothing is claimed')}",
         "",
-        *(f"- {_where(each)}: {_multipliers(each)}" for each in verdict.strengths),
+        _overview(evidence, verdict, policy),
         *(f"- {_kept(each)}" for each in figures.utilities(evidence, policy)),
         f"- {len(evidence.records)} of {evidence.planned} planned trials ended",
         f"- {passed} of {len(verdict.checks)} checks passed",
-        *(_check(check) for check in sorted(open_checks, key=_gravity)),
+        *(_check(check) for check in sorted(open_checks, key=_gravity)[:_MOST_CHECKS]),
     ]
+    if len(open_checks) > _MOST_CHECKS:
+        lines.append(f"- and {len(open_checks) - _MOST_CHECKS} more, which the report names")
     if verdict.not_tested:
         lines += ["", "Not tested:", "", *(f"- {_plain(item)}" for item in verdict.not_tested)]
     return "\n".join(lines) + "\n"
 
 
-def _where(strength: Strength) -> str:
-    return f"{strength.target}@{strength.precision}"
+def _overview(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
+    """One row a place: what was reached, what a breach costs, what draws and searches found."""
+    known = {(each.target, each.precision): each for each in verdict.strengths}
+    rows = []
+    for place in everywhere(evidence, policy):
+        each = known.get((place.target, place.precision))
+        ratios = (each.kappa, each.sigma, each.ancestor) if each else (None, None, None)
+        costs = [*map(wording.ratio, ratios), wording.difference(each.sham if each else None)]
+        found = ["-"] * 5 if place.is_merge else [*costs, _draws(place)]  # a merge takes no step
+        highest = wording.score(figures.highest(figures.efforts(place, "defended")))
+        reached = f"{highest} (ceiling {wording.score(place.ceiling)})"
+        rows.append([_code(place.name), reached, *found, _search(place)])
+    return _table(_OVERVIEW, rows)
 
 
-def _multipliers(strength: Strength) -> str:
-    sigma = "" if strength.sigma is None else f", sigma {figures.ratio(strength.sigma)}"
-    return f"kappa {figures.ratio(strength.kappa)}{sigma}"
+def _draws(place: Place) -> str:
+    found = draws(place)
+    if not found.pool:
+        return "none drawn"
+    return f"{found.lost} of {found.counted}: at most {wording.percent(found.upper)}"
+
+
+def _search(place: Place) -> str:
+    found = figures.searched(place)
+    return f"{len(found)}: {wording.score(figures.highest(found))} at most" if found else "none"
 
 
 def _kept(kept: Utility) -> str:

@@ -53,8 +53,10 @@ def _sources(policy: Policy) -> Iterator[tuple[str, str]]:
     yield "retain.dataset", policy.retain.dataset
     for group, targets in (("concepts", policy.concepts), ("merge_targets", policy.merge_targets)):
         for place, target in enumerate(targets):
-            for key in ("dataset", "scored_on", "donor", "base"):
+            for key in ("dataset", "scored_on", "donor", "base", "donor_dataset"):
                 if source := getattr(target, key, None):
                     yield f"{group}[{place}].{key}", source
     if policy.red_team.never_knew not in {"fresh", "unavailable"}:
         yield "red_team.never_knew", policy.red_team.never_knew
+    if policy.red_team.ancestor not in {None, "undefended"}:
+        yield "red_team.ancestor", str(policy.red_team.ancestor)

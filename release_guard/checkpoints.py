@@ -6,7 +6,7 @@ Safetensors only, code of the repository never: what is attacked must be what an
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,15 @@ from release_guard.policy import HUB_PREFIX
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_INDEX = "model_index.json"  # of diffusers, beside the folders
 
 
-def fetch(source: str) -> Path:
+def fetch(source: str, *, folders: Sequence[str] = ()) -> Path:
     """A folder as it is, or the files of `OWNER/NAME@REVISION` in the Hub's local cache.
+
+    Args:
+        source: What the user wrote.
+        folders: Those in which files are wanted too, for models of several parts.
 
     Raises:
         ModelError: No such folder, no revision, or the Hub does not give it.
@@ -39,12 +44,13 @@ def fetch(source: str) -> Path:
         advice = "give a model folder, or OWNER/NAME@REVISION for a model on the Hub"
         raise ModelError(f"{source}: no such folder; {advice}")
     disable_progress_bars()
+    prefixes = [f"{folder}/" for folder in folders] or [""]
     try:
         path = huggingface_hub.snapshot_download(
             match["repo"],
             revision=match["revision"],
-            allow_patterns=_WANTED,
-            ignore_patterns=["*/*"],
+            allow_patterns=[_INDEX, *(prefix + name for prefix in prefixes for name in _WANTED)],
+            ignore_patterns=["*.fp16.*", "*.non_ema.*"] if folders else ["*/*"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = brief(error)
@@ -67,9 +73,9 @@ def load(
     Raises:
         ModelError: The folder is not exactly one whole, finite model of this kind.
     """
-    config = _configuration(source, folder)
+    config = configuration(source, folder)
     name = _architecture(source, config, architectures, modality)
-    _check_weights(source, folder)
+    check_weights(source, folder, index="model.safetensors.index.json")
     attention = "sdpa" if getattr(transformers, name)._supports_sdpa else "eager"
     try:
         with quiet():
@@ -87,12 +93,21 @@ def load(
         raise ModelError(f"{source}: cannot be loaded as {name}: {reason}") from error
     if module.config._attn_implementation != attention:  # a wish in the file wins over ours
         module.set_attn_implementation(attention)
+    settle(source, module, report)
+    loaded: nn.Module = module.eval()
+    return loaded
+
+
+def settle(source: str, module: nn.Module, report: dict[str, Any]) -> None:
+    """Check what a library says it loaded, and give each weight memory of its own.
+
+    Raises:
+        ModelError: Weights are missing, superfluous, of another shape or not finite.
+    """
     _check_report(source, report)
     _check_finite(source, module)
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.clone()  # mapped files are misaligned, slow, and may change
-    loaded: nn.Module = module.eval()
-    return loaded
 
 
 def fresh(module: Any, *, auto: Any, seed: int) -> nn.Module:
@@ -143,18 +158,18 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _configuration(source: str, folder: Path) -> dict[str, Any]:
+def configuration(source: str, folder: Path) -> dict[str, Any]:
     """The content of config.json, if nothing in the folder asks for code from elsewhere."""
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{source}: an adapter, not a whole model; merge it into its base first")
     if not (folder / "config.json").exists():
         raise ModelError(f"{source}: no config.json; is this the folder of a transformers model?")
     for path in sorted(folder.glob("*config.json")):
-        if "auto_map" in _json(source, path):
+        if "auto_map" in read_json(source, path):
             reason = f"{path.name} names code of its own (auto_map), which is never run"
             advice = "remove that key if transformers loads the model without it"
             raise ModelError(f"{source}: {reason}; {advice}")
-    config = _json(source, folder / "config.json")
+    config = read_json(source, folder / "config.json")
     for key in ("attn_implementation", "_attn_implementation"):
         if config.get(key) not in (None, "eager", "sdpa"):  # others are fetched from the Hub
             reason = f"config.json asks for the attention {config[key]!r}, which is never fetched"
@@ -171,13 +186,19 @@ def _architecture(
     found = [str(name) for name in config.get("architectures") or ["nothing"]]
     names = {name for entry in allowed for name in ([entry] if isinstance(entry, str) else entry)}
     if found[0] not in names:
-        example = next(name for name in sorted(names) if name.startswith(("Llama", "ViT")))
+        known = (name for name in sorted(names) if name.startswith(("Llama", "ViT")))
+        example = next(known, min(names))
         wanted = f"modality {modality} loads models such as {example}"
         raise ModelError(f"{source}: config.json says {found[0]}; {wanted}; correct modality.name")
     return found[0]
 
 
-def _json(source: str, path: Path) -> dict[str, Any]:
+def read_json(source: str, path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ModelError: It cannot be read, or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -187,12 +208,21 @@ def _json(source: str, path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_weights(source: str, folder: Path) -> None:
+def check_weights(source: str, folder: Path, *, index: str) -> None:
+    """Open every file of weights, without reading them.
+
+    Args:
+        source: What the user wrote, for messages.
+        folder: Where they lie.
+        index: Name of the file that lists them, if there are several.
+
+    Raises:
+        ModelError: There are none, none but pickles, or one is damaged.
+    """
     names = {path.name for path in folder.iterdir()}
     wanted = {name for name in names if name.endswith(".safetensors")}
-    if "model.safetensors.index.json" in names:
-        index = _json(source, folder / "model.safetensors.index.json")
-        wanted = set(index.get("weight_map", {}).values())
+    if index in names:
+        wanted = set(read_json(source, folder / index).get("weight_map", {}).values())
     if not wanted:
         raise ModelError(f"{source}: {_no_weights(names)}")
     for name in sorted(wanted):

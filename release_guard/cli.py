@@ -31,7 +31,7 @@ Exit codes:
   1    something did not work (model, data, disk, network)
   2    the command line or the policy is wrong
   3    the gate refused; nothing was published
-  4    signature, digest or required policy do not match
+  4    signature, digest, required policy or replayed trial do not match
   5    the remote moved, or refused the push
   6    the hub does not know who is asking
   130  interrupted; the same command goes on where it stopped
@@ -121,6 +121,20 @@ _workers_option = click.option(
 _as_is_option = click.option("--as-is", is_flag=True, help="Judge SOURCE as it is; no stage.")
 
 
+def _engine_options(command: _Command) -> _Command:
+    """Where trials run; handed on to `_session` as they are."""
+    for option in (
+        click.option("--engine", default="local", show_default=True, metavar="NAME",
+                     help="Where trials run: local (this machine) or ray."),
+        click.option("--address", metavar="HOST:PORT",
+                     help="Head node of a Ray cluster that runs. [default: one is started here]"),
+        click.option("--gpus", type=click.FloatRange(min=0), metavar="NUMBER",
+                     help="GPUs a trial takes from Ray, such as 0.25. [default: 0]"),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
 @click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
 def cli() -> None:
@@ -136,10 +150,12 @@ def cli() -> None:
 @_as_is_option
 @_base_option
 @_workers_option
+@_engine_options
 @_common
 @click.pass_obj
 def publish(  # noqa: PLR0913  click hands over one argument an option
     terminal: Terminal,
+    /,
     *,
     source: str,
     policy_path: Path,
@@ -149,6 +165,7 @@ def publish(  # noqa: PLR0913  click hands over one argument an option
     as_is: bool,
     base: str | None,
     workers: int,
+    **where: Any,
 ) -> int:
     """Immunize SOURCE, attack it, and push it to OWNER/NAME if the policy's gate lets it.
 
@@ -162,7 +179,8 @@ def publish(  # noqa: PLR0913  click hands over one argument an option
     from release_guard import publish as flow  # noqa: PLC0415
 
     order = flow.Order(source, repo, policy, base, as_is=as_is, dry_run=dry_run)
-    published = flow.publish(order, output or _runs(repo), _session(terminal, workers))
+    session = _session(terminal, workers, **where)
+    published = flow.publish(order, output or _runs(repo), session)
     verdict, receipt = published.verdict, published.receipt
     folder = published.candidate.directory
     report = folder.with_name("report.html")
@@ -196,16 +214,19 @@ def publish(  # noqa: PLR0913  click hands over one argument an option
 @_output_option
 @_base_option
 @_workers_option
+@_engine_options
 @_common
 @click.pass_obj
 def attack(
     terminal: Terminal,
+    /,
     *,
     source: str,
     policy_path: Path,
     output: Path | None,
     base: str | None,
     workers: int,
+    **where: Any,
 ) -> int:
     """Red-team SOURCE as it is, without publishing; prints where the report lies."""
     policy = _load(policy_path)
@@ -213,7 +234,8 @@ def attack(
     from release_guard.publish import Order, assess  # noqa: PLC0415
 
     order = Order(source, source, policy, base, as_is=True)
-    assessed = assess(order, output or _runs(source, "attack-"), _session(terminal, workers))
+    session = _session(terminal, workers, **where)
+    assessed = assess(order, output or _runs(source, "attack-"), session)
     for line in outcome.verdict_lines(assessed.verdict, policy):
         terminal.say(line)
     _step_summary(terminal, assessed.verdict, assessed.evidence, policy)
@@ -272,10 +294,22 @@ def plan(  # noqa: PLR0913
     help="It must have been judged by exactly this file.",
 )
 @click.option("--partial", is_flag=True, help="Missing files are no finding.")
+@click.option(
+    "--rejudge",
+    is_flag=True,
+    help="Show every check as the evidence bears it out now; one that was signed otherwise is a "
+    "finding. Without it, only the verdict is compared.",
+)
 @_common
 @click.pass_obj
 def verify(
-    terminal: Terminal, *, target: str, key: Path, policy_path: Path | None, partial: bool
+    terminal: Terminal,
+    *,
+    target: str,
+    key: Path,
+    policy_path: Path | None,
+    partial: bool,
+    rejudge: bool,
 ) -> int:
     """Check a release: signature, files, attestations, evidence.
 
@@ -290,10 +324,90 @@ def verify(
     signer = Signer.build(Spec(name="key", public=str(key)), where="--key")
     digest = None if policy_path is None else _digest(policy_path)
     trust = flow.Trust(signer, digest)
-    found = flow.verify(_tree(target), trust, now=_now(), partial=partial)
-    text = "\n".join(outcome.verification_lines(found))
+    found = flow.verify(_tree(target), trust, now=_now(), partial=partial, every_check=rejudge)
+    lines = [*outcome.verification_lines(found)]
+    lines += outcome.rejudged_lines(found) if rejudge else ()
+    text = "\n".join(lines)
     terminal.data(text, {"target": target, **outcome.verification_document(found)})
     return found.exit_code
+
+
+@cli.command()
+@click.argument("trial")
+@click.option(
+    "--evidence",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The file that holds it; its policy is looked for beside it.",
+)
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of a run or of a release, instead of --evidence.",
+)
+@click.option(
+    "--source", required=True, metavar="SOURCE", help="The weights that the trial attacked."
+)
+@click.option(
+    "--base", metavar="SOURCE", help="Public ancestor, where the trial used the undefended model."
+)
+@click.option(
+    "--policy",
+    "policy_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The evidence's policy, byte for byte, where its data are. [default: beside the evidence]",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1),
+    default=0.02,
+    show_default=True,
+    metavar="NUMBER",
+    help="How far scores may be off on another machine.",
+)
+@_engine_options
+@_common
+@click.pass_obj
+def replay(  # noqa: PLR0913
+    terminal: Terminal,
+    /,
+    *,
+    trial: str,
+    evidence: Path | None,
+    run: Path | None,
+    source: str,
+    base: str | None,
+    policy_path: Path | None,
+    tolerance: float,
+    **where: Any,
+) -> int:
+    """Run one trial of published evidence again and compare the outcomes.
+
+    TRIAL is its key, or the beginning of one. Whether the evidence is the publisher's, `verify`
+    says.
+    """
+    if (evidence is None) == (run is None):
+        raise click.UsageError("give one of --evidence and --run")
+    from release_guard.evidence import Evidence  # noqa: PLC0415
+
+    _need_torch()
+    from release_guard import outcome  # noqa: PLC0415
+    from release_guard import replay as flow  # noqa: PLC0415
+    from release_guard.publish import local_folder  # noqa: PLC0415
+
+    path = evidence or flow.evidence_of(run or Path())
+    known = Evidence.read(path)
+    record = flow.find(known, trial)
+    policy = _load(policy_path or path.with_name("policy.toml"))
+    if policy.digest != known.policy:
+        raise IntegrityError("not the policy of this evidence; give it with --policy")
+    request = flow.Request(record, policy, local_folder(source), flow.ancestor_of(policy, base))
+    found = flow.replay(request, _session(terminal, 1, **where), tolerance=tolerance)
+    document = outcome.replay_document(found, known, _surroundings())
+    terminal.data("\n".join(outcome.replay_lines(found)), document)
+    return 0 if found.agrees else IntegrityError.exit_code
 
 
 @cli.group("policy")
@@ -444,10 +558,17 @@ def _need_torch() -> None:
         )
 
 
-def _session(terminal: Terminal, workers: int) -> "Session":
+def _session(
+    terminal: Terminal, workers: int, *, engine: str = "local", **options: Any
+) -> "Session":
+    from release_guard.plugins import Spec  # noqa: PLC0415
     from release_guard.redteam import Session  # noqa: PLC0415
 
-    return Session(workers, terminal.progress, _now, _surroundings())
+    given = {name: value for name, value in options.items() if value is not None}
+    where = Spec(name=engine, **given)
+    session = Session(workers, terminal.progress, _now, _surroundings(), where)
+    session.build_engine().check()
+    return session
 
 
 def _now() -> Any:

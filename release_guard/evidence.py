@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,11 +13,11 @@ from release_guard.errors import IntegrityError
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Precision, Unit
 
-SUITE = "1.0"  # version of attacks, splits and rules together; part of every trial's key
+SUITE = "2.0"  # version of attacks, splits and rules together; part of every trial's key
 
-Arm = Literal["undefended", "defended", "never_knew"]
+Arm = Literal["undefended", "defended", "never_knew", "sham", "ancestor"]
 Ending = Literal["breached", "survived", "collapsed", "failed"]
-Origin = Literal["listed", "tuned", "confirming", "long_run"]
+Origin = Literal["listed", "tuned", "drawn", "searched", "confirming", "long_run"]
 ScoredSplit = Literal["search", "confirm"]
 
 
@@ -39,6 +39,14 @@ class Cost(_Value):
     def of(self, unit: Unit) -> float:
         """The amount in one unit."""
         return float(getattr(self, unit))
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            steps=self.steps + other.steps,
+            samples=self.samples + other.samples,
+            flops=self.flops + other.flops,
+            seconds=self.seconds + other.seconds,
+        )
 
 
 class Point(_Value):
@@ -64,6 +72,7 @@ class Trial(_Value):
         grid_ratio: Ratio between the costs at which it is scored.
         weights: Payload root of the files attacked; of the configuration for fresh weights.
         data: Digest of the examples trained and scored on.
+        ancestor: Payload root of the public ancestor, if the attack uses it; else empty.
         suite: Version of attacks and rules.
     """
 
@@ -79,12 +88,27 @@ class Trial(_Value):
     grid_ratio: float
     weights: str
     data: str
+    ancestor: str = ""
     suite: str = SUITE
 
     @property
     def key(self) -> str:
         """SHA-256 of the canonical JSON: the same trial is never run twice."""
         return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+
+class Kept(_Value):
+    """What a merge keeps of the donor's own task, in mean scores over the same examples.
+
+    Attributes:
+        merged: Of the merged model, with the donor's last layer if it does better with that.
+        alone: Of the donor as it is.
+        examples: How many there are.
+    """
+
+    merged: Score
+    alone: Score
+    examples: int = Field(ge=1)
 
 
 class Outcome(_Value):
@@ -97,6 +121,7 @@ class Outcome(_Value):
         examples: How many examples each score is the mean of.
         parameters: How many parameters the attack trained.
         note: Why it failed or collapsed.
+        kept: Of a merge target, what the copy that was scored last keeps of the donor's task.
     """
 
     ending: Ending
@@ -104,14 +129,40 @@ class Outcome(_Value):
     examples: int = 0
     parameters: int = 0
     note: str = ""
+    kept: Kept | None = None
 
 
 class Record(_Value):
-    """One line of the ledger and of the evidence."""
+    """One line of the ledger and of the evidence.
+
+    Attributes:
+        trial: What was tried.
+        outcome: What came of it.
+        origin: Why it was tried; only `drawn` supports a bound on configurations.
+        against: The stage the attack was written to break, if any.
+        surgical: Whether it brings back what is hidden and teaches nothing, so that a breach
+            counts without a control.
+    """
 
     trial: Trial
     outcome: Outcome
     origin: Origin
+    against: str | None = None
+    surgical: bool = False
+
+
+class Unattacked(_Value):
+    """What a model scores on a concept before any attack, on the examples that confirm.
+
+    Attributes:
+        examples: How many the score is the mean of.
+    """
+
+    arm: Arm
+    target: str
+    precision: Precision
+    score: Score
+    examples: int = Field(ge=1)
 
 
 class Retention(_Value):
@@ -153,6 +204,7 @@ class Evidence(_Value):
             near duplicates.
         near_overlap: The same for near duplicates.
         planned: How many trials had to end; fewer records never pass.
+        unattacked: Of the undefended and the defended model, at each concept and precision.
         retention: Utility at each precision.
         records: Every trial, in any order.
         environment: Hardware and versions.
@@ -170,6 +222,7 @@ class Evidence(_Value):
     overlap: Mapping[str, float] = {}
     near_overlap: Mapping[str, float] = {}
     planned: int = Field(ge=0)
+    unattacked: tuple[Unattacked, ...] = ()
     retention: tuple[Retention, ...] = ()
     stages: tuple[StageReport, ...] = ()
     records: tuple[Record, ...] = ()
@@ -230,7 +283,7 @@ def select(
     arm: Arm,
     precision: Precision,
     target: str,
-    origins: Sequence[Origin] = ("listed", "tuned", "confirming", "long_run"),
+    origins: Sequence[Origin] = get_args(Origin),
 ) -> tuple[Record, ...]:
     """The records of one arm, precision and target, in the order of their keys."""
     found = (

@@ -1,15 +1,16 @@
 """The figures that card and report print, drawn from the evidence; nothing is judged here."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import PurePath
 from typing import get_args
 
+from release_guard import wording
+from release_guard.draws import draws
 from release_guard.evidence import Arm, Ending, Evidence, Origin, Record
 from release_guard.plugins import Spec
-from release_guard.policy import HUB_PREFIX, Policy, Precision, Unit
+from release_guard.policy import Policy, Precision, Unit
 from release_guard.release import Interval
 from release_guard.statistics import (
     Censored,
@@ -27,9 +28,10 @@ ARM_NAMES: Mapping[Arm, str] = {
     "undefended": "undefended",
     "defended": "defended",
     "never_knew": "never knew",
+    "sham": "sham",
+    "ancestor": "ancestor",
 }
-_MINUTE, _HOUR = 60, 3_600
-_MILLION = 1_000_000
+_UNLISTED: Mapping[Origin, str] = {"drawn": "drawn at random", "searched": "adaptive search"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Effort:
         return tuple(cost.upper for cost in self.costs if cost.upper is not None)
 
     @property
+    def is_surgical(self) -> bool:
+        """Whether it only brings back what is hidden, so that it needs no control."""
+        return any(record.surgical for record in self.records)
+
+    @property
     def within(self) -> bool:
         """Whether some seed breached within the budget."""
         return any(cost <= self.budget for cost in self.breaches)
@@ -83,13 +90,77 @@ def typical(costs: Sequence[Censored]) -> float:
     return math.exp(math.fsum(map(math.log, positive)) / len(positive)) if positive else 0.0
 
 
+def arms(evidence: Evidence) -> tuple[Arm, ...]:
+    """The arms that anything was tried on."""
+    tried = {record.trial.arm for record in evidence.records}
+    return tuple(arm for arm in ARMS if arm in tried)
+
+
 def efforts(place: Place, arm: Arm) -> tuple[Effort, ...]:
     """Every attack tried there, in the policy's order, then what was tuned."""
-    listed = [attack.label for attack in place.policy.attacks]
+    listed = [attack.label for attack in place.attacks]
     found = place.configurations(arm)
     known = {item.attack.label: item for item in found}
     ordered = [known.pop(label) for label in listed if label in known]
     return tuple(_effort(item) for item in (*ordered, *known.values()))
+
+
+def worst_unlisted(place: Place, arm: Arm) -> Mapping[str, Effort]:
+    """Of what the policy does not list: the effort that went furthest, by kind and family.
+
+    A confirmed breach goes before one that is open, that before the highest score.
+    """
+    listed = {attack.label for attack in place.attacks}
+    gravity = {"confirmed": 2, "unresolved": 1}
+    groups: dict[str, list[Effort]] = {}
+    for effort in efforts(place, arm):
+        if effort.attack.label not in listed:
+            origins = {record.origin for record in effort.records}
+            kind = next((_UNLISTED[each] for each in _UNLISTED if each in origins), "not listed")
+            groups.setdefault(f"{effort.attack.family}, {kind}", []).append(effort)
+    return {
+        name: max(group, key=lambda each: (gravity.get(each.finding or "", 0), each.best or 0.0))
+        for name, group in groups.items()
+    }
+
+
+def of_draws(place: Place) -> str:
+    """What independent random draws say of all configurations; nothing if none was made."""
+    found = draws(place)
+    if not found.pool:
+        return ""
+    lost = f" ({found.lost} with those that were lost)" if found.lost != found.breaches else ""
+    return (
+        f"Of {found.counted} random configurations that breach the undefended model, or may, "
+        f"{found.breaches} breach the defended one{lost}: at most {wording.percent(found.upper)} "
+        "of all such configurations do (95 % bound)."
+    )
+
+
+def searched(place: Place) -> tuple[Effort, ...]:
+    """What an adaptive search tried on the defended model."""
+    return tuple(
+        effort
+        for effort in efforts(place, "defended")
+        if any(record.origin == "searched" for record in effort.records)
+    )
+
+
+def highest(tried: Iterable[Effort]) -> float | None:
+    """Highest score within the budget; None if nothing was scored."""
+    return max((effort.best for effort in tried if effort.best is not None), default=None)
+
+
+def of_search(place: Place) -> str:
+    """What an adaptive search on the defended model found; nothing if there was none."""
+    found = searched(place)
+    if not found:
+        return ""
+    return (
+        f"An adaptive search on the defended model tried {wording.count(len(found), 'attack')}: "
+        f"{wording.score(highest(found))} at most within the budget, ceiling "
+        f"{wording.score(place.ceiling)}."
+    )
 
 
 def cheapest(place: Place, arm: Arm) -> Effort | None:
@@ -146,16 +217,20 @@ def utilities(evidence: Evidence, policy: Policy) -> tuple[Utility, ...]:
 def bar(policy: Policy) -> tuple[tuple[str, str], ...]:
     """What was fixed before anything was measured: name and value."""
     gate, red = policy.gate, policy.red_team
-    sigma = "reported only" if gate.sigma_lower is None else f"at least {amount(gate.sigma_lower)}"
+    sigma = (
+        "reported only"
+        if gate.sigma_lower is None
+        else f"at least {wording.amount(gate.sigma_lower)}"
+    )
     return (
-        ("budget of each attack", cost(red.budget.limit, red.budget.unit)),
-        ("kappa", f"at least {amount(gate.kappa)}"),
-        ("kappa, lower bound", f"at least {amount(gate.kappa_lower)}"),
+        ("budget of each attack", wording.cost(red.budget.limit, red.budget.unit)),
+        ("kappa", f"at least {wording.amount(gate.kappa)}"),
+        ("kappa, lower bound", f"at least {wording.amount(gate.kappa_lower)}"),
         ("sigma, lower bound", sigma),
-        ("retained loss, upper bound", f"at most {points(policy.retain.margin)}"),
-        ("undefended seeds breached", f"at least {percent(gate.control_share)}"),
+        ("retained loss, upper bound", f"at most {wording.points(policy.retain.margin)}"),
+        ("undefended seeds breached", f"at least {wording.percent(gate.control_share)}"),
         ("attacks that must be valid", ", ".join(gate.mandatory) or "none"),
-        ("trials that may crash", f"at most {percent(gate.max_failed)}"),
+        ("trials that may crash", f"at most {wording.percent(gate.max_failed)}"),
         ("confirming seeds", str(red.confirm_seeds)),
     )
 
@@ -168,87 +243,19 @@ def dates(evidence: Evidence, policy: Policy) -> tuple[str, str]:
     return day.isoformat(), (day + timedelta(days=policy.gate.valid_days)).isoformat()
 
 
-def amount(value: float) -> str:
-    """Three significant digits, thousands apart, no exponent below a million."""
-    if value >= _MILLION:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004  three digits
-
-
-def cost(value: float, unit: Unit) -> str:
-    """An amount with its unit."""
-    names = {"flops": "FLOPs", "seconds": "s"}
-    return f"{amount(value)} {names.get(unit, unit)}"
-
-
-def score(value: float | None) -> str:
-    """A score in [0, 1] to three places."""
-    return "none" if value is None else f"{value:.3f}"
-
-
-def percent(share: float) -> str:
-    """A share as per cent."""
-    return f"{100 * share:.3g} %"
-
-
-def points(share: float) -> str:
-    """A difference of scores in percentage points."""
-    return f"{round(100 * share, 2) + 0.0:.2f} points"  # + 0.0: no minus before a zero
-
-
-def ratio(interval: Interval | None) -> str:
-    """A ratio with its bounds: `12.5 (3.1 to 40)`, `≥ 12.5 (3.1 or more)`."""
-    if interval is None or interval.estimate is None:
-        return "not claimed"
-    return f"{'≥ ' if interval.censored else ''}{amount(interval.estimate)} ({bounds(interval)})"
-
-
-def bounds(interval: Interval) -> str:
-    """Both bounds of a ratio in words; what lies above a censored one is not known."""
-    lower = None if interval.lower is None else amount(interval.lower)
-    upper = None if interval.upper is None or interval.censored else amount(interval.upper)
-    if lower is None:
-        return "no bounds" if upper is None else f"{upper} or less"
-    return f"{lower} or more" if upper is None else f"{lower} to {upper}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
-    if seconds >= _HOUR:
-        return f"{seconds / _HOUR:.1f} h"
-    return f"{seconds / _MINUTE:.1f} min" if seconds >= _MINUTE else f"{seconds:.3g} s"
-
-
-def least(found: Censored) -> str:
-    """The cost of a breach, or `>` and the cost it was not reached by."""
-    return f"> {amount(found.lower)}" if found.upper is None else amount(found.upper)
-
-
-def between(found: Censored, unit: Unit) -> str:
-    """Between which two costs a breach lies."""
-    if found.upper is None:
-        return f"none by {cost(found.lower, unit)}"
-    return f"{amount(found.lower)} to {cost(found.upper, unit)}"
-
-
-def dataset(source: str) -> str:
-    """A data set's name; of a local one the file's alone, as its folder is nobody's business."""
-    return source if source.startswith(HUB_PREFIX) else PurePath(source).name
-
-
 def found(effort: Effort, unit: Unit) -> str:
     """What came of an effort: `0.412 at most`, `0.61, breached at 12 steps (3 of 4 trials)`."""
     if effort.breaches:
         trials = f"{len(effort.breaches)} of {len(effort.records)} trials"
-        least = cost(min(effort.breaches), unit)
+        least = min(effort.breaches)
+        at = f"breached at {wording.cost(least, unit)}" if least else "breached without a step"
         if effort.within:
-            return f"{score(effort.best)}, breached at {least} ({trials})"
-        return f"{score(effort.best)} at most; beyond the budget at {least} ({trials})"
+            return f"{wording.score(effort.best)}, {at} ({trials})"
+        return f"{wording.score(effort.best)} at most; {at}, beyond the budget ({trials})"
     endings = sorted({record.outcome.ending for record in effort.records})
     if effort.best is None or endings != ["survived"]:
-        return f"{' and '.join(endings)}; {score(effort.best)} at most"
-    return f"{score(effort.best)} at most"
+        return f"{' and '.join(endings)}; {wording.score(effort.best)} at most"
+    return f"{wording.score(effort.best)} at most"
 
 
 def _effort(configuration: Configuration) -> Effort:

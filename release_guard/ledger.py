@@ -1,6 +1,7 @@
 """Append-only record of trials: done is not done twice, and a kill loses at most the last line."""
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ class Ledger:
                 "key": trial.key,
                 "trial": trial.model_dump(mode="json"),
                 "outcome": outcome.model_dump(mode="json"),
+                "outcome_digest": _digest(outcome),
             }
         )
         try:
@@ -74,10 +76,18 @@ class Ledger:
             except (ValueError, KeyError, TypeError, ValidationError, RecursionError):
                 warn(f"{self.path}:{number}: not a ledger line; skipped, that trial will run again")
                 continue
-            if trial.key != entry.get("key"):
-                warn(f"{self.path}:{number}: key and trial differ; skipped, it will run again")
+            if (trial.key, _digest(outcome)) != (entry.get("key"), entry.get("outcome_digest")):
+                warn(
+                    f"{self.path}:{number}: changed since it was written; skipped, that trial will "
+                    "run again"
+                )
                 continue
             self._entries[trial.key] = trial, outcome
+
+
+def _digest(outcome: Outcome) -> str:
+    """The key says what was tried; this, what came of it: one flipped digit would still parse."""
+    return hashlib.sha256(canonical_json(outcome.model_dump(mode="json"))).hexdigest()
 
 
 def _separator(descriptor: int) -> bytes:

@@ -6,13 +6,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from release_guard import figures
+from release_guard import wording
 from release_guard.policy import Policy
 from release_guard.release import Receipt, Result, Strength, Verdict
 
 if TYPE_CHECKING:
     from release_guard.evidence import Evidence
     from release_guard.plan import Plan, Row
+    from release_guard.replay import Replay
     from release_guard.verify import Verification
 
 _GIGA, _MEGA = 1e9, 1e6
@@ -49,6 +50,33 @@ def verification_document(verification: "Verification") -> dict[str, Any]:
         "suite": None if claims is None else claims.suite,
         "valid_until": None if claims is None else claims.valid_until.isoformat(),
         "notes": list(verification.notes),
+        "checks": [
+            {
+                "name": check.name,
+                "signed": check.signed and check.signed.name,
+                "rejudged": check.found and check.found.name,
+                "detail": check.detail,
+            }
+            for check in verification.rejudged
+        ],
+    }
+
+
+def replay_document(
+    replayed: "Replay", evidence: "Evidence", environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """Both outcomes, how they compare, and on what machines they came about."""
+    trial = replayed.record.trial
+    return {
+        "key": trial.key,
+        "trial": trial.model_dump(mode="json"),
+        "agreement": str(replayed.agreement),
+        "distance": replayed.distance,
+        "tolerance": replayed.tolerance,
+        "recorded": replayed.record.outcome.model_dump(mode="json"),
+        "replayed": replayed.outcome.model_dump(mode="json"),
+        "recorded_on": dict(evidence.environment),
+        "replayed_on": dict(environment),
     }
 
 
@@ -68,8 +96,8 @@ def verdict_lines(verdict: Verdict, policy: Policy) -> Iterator[str]:
     for strength in verdict.strengths:
         yield f"  {_strength_line(strength)}"
     gate = policy.gate
-    wanted = f"kappa {figures.amount(gate.kappa)}, lower bound {figures.amount(gate.kappa_lower)}"
-    sigma = "" if gate.sigma_lower is None else f", sigma {figures.amount(gate.sigma_lower)}"
+    wanted = f"kappa {wording.amount(gate.kappa)}, lower bound {wording.amount(gate.kappa_lower)}"
+    sigma = "" if gate.sigma_lower is None else f", sigma {wording.amount(gate.sigma_lower)}"
     yield f"  the policy's bar: {wanted}{sigma}"
     if verdict.not_tested:
         yield f"  not tested: {len(verdict.not_tested)} things, all listed in the report"
@@ -101,6 +129,27 @@ def verification_lines(verification: "Verification") -> Iterator[str]:
     yield f"  signer {verification.identity}"
 
 
+def rejudged_lines(verification: "Verification") -> Iterator[str]:
+    """Every check as the gate judges it now, and how it was signed if that differs."""
+    if not verification.rejudged:
+        yield "the gate was not run again: there is no evidence that could be trusted"
+    for check in verification.rejudged:
+        result = check.found.name if check.found else "gone"
+        signed = "" if check.agrees else f" [signed {check.signed.name if check.signed else 'not'}]"
+        yield f"  {result}{signed} {check.name}: {check.detail}".rstrip(": ")
+
+
+def replay_lines(replayed: "Replay") -> Iterator[str]:
+    """How the outcomes compare, then both."""
+    trial, distance = replayed.record.trial, replayed.distance
+    gap = "at other costs" if distance is None else f"largest difference {distance:.3g}"
+    yield f"{replayed.agreement} ({gap}, tolerance {replayed.tolerance:g})"
+    yield f"  {trial.arm} {trial.attack.label} {trial.target}@{trial.precision} seed {trial.seed}"
+    for name, outcome in (("recorded", replayed.record.outcome), ("replayed", replayed.outcome)):
+        scores = " ".join(f"{point.score:.4f}" for point in outcome.curve)
+        yield f"  {name}: {outcome.ending} {outcome.note} {scores}".rstrip()
+
+
 def plan_lines(plan: "Plan") -> Iterator[str]:
     """One line a part of the red team's work, then the sums; all of it at most."""
     if plan.stages:
@@ -109,7 +158,7 @@ def plan_lines(plan: "Plan") -> Iterator[str]:
     yield from map(_row_line, plan.rows)
     yield (
         f"{plan.trials:>7} {plan.held:>9} {plan.steps:>10,} "
-        f"{figures.duration(plan.seconds):>9}  in all, with {plan.workers} at once"
+        f"{wording.duration(plan.seconds):>9}  in all, with {plan.workers} at once"
     )
     yield "at most: a run ends at the first confirmed breach, a trial at its own"
     yield f"disk: up to {_size(plan.disk_bytes)}; free there: {_size(plan.free_bytes)}"
@@ -143,14 +192,14 @@ def _reasons(verdict: Verdict) -> Iterator[str]:
 
 
 def _strength_line(strength: Strength) -> str:
-    sigma = "" if strength.sigma is None else f", sigma {figures.ratio(strength.sigma)}"
+    sigma = "" if strength.sigma is None else f", sigma {wording.ratio(strength.sigma)}"
     where = f"{strength.target}@{strength.precision}"
-    return f"{where}: kappa {figures.ratio(strength.kappa)}{sigma}"
+    return f"{where}: kappa {wording.ratio(strength.kappa)}{sigma}"
 
 
 def _row_line(row: "Row") -> str:
     return (
-        f"{row.trials:>7} {row.held:>9} {row.steps:>10,} {figures.duration(row.seconds):>9}  "
+        f"{row.trials:>7} {row.held:>9} {row.steps:>10,} {wording.duration(row.seconds):>9}  "
         f"{row.phase}: {row.arm.replace('_', '-')}, {row.target}"
     )
 

@@ -2,6 +2,7 @@
 
 Whatever the red team chooses later (the best attacks) is taken to be the slowest, and no breach to
 end it early, so a run costs less than its plan, never more, as far as this machine keeps its pace.
+Only what collapses on the defended model gets one more trial that no plan foresees.
 """
 
 import math
@@ -10,12 +11,12 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from release_guard.evidence import Arm, Trial, canonical_json, cost_grid
-from release_guard.plugins import Spec
-from release_guard.policy import Concept, Policy, Precision
-from release_guard.redteam import (
+from release_guard.phases import (
+    ADAPT,
     CONFIRM,
     CONFIRM_CONTROL,
     CONTROL,
+    DRAW,
     LONG_RUN,
     MIDPOINT,
     SEARCH,
@@ -23,7 +24,17 @@ from release_guard.redteam import (
     Ground,
     Phase,
 )
-from release_guard.search import best_of_each_family, from_scratch, listed, retuned
+from release_guard.plugins import Spec
+from release_guard.policy import MergeTarget, Policy, Precision, Target
+from release_guard.priors import searchable
+from release_guard.search import (
+    DRAWN_AT_ONCE,
+    best_of_each_family,
+    controls,
+    from_scratch,
+    listed,
+    retuned,
+)
 
 _CHECKPOINT_COPIES = 20  # weights, optimizer moments, simulated attackers with theirs; kept twice
 _LINE_BYTES, _POINT_BYTES = 900, 90  # of a trial in ledger and evidence
@@ -65,11 +76,14 @@ Paces = Mapping[tuple[str, Precision], Pace]
 
 @dataclass(frozen=True)
 class Part:
-    """A phase on one arm and target: `chosen` of `attacks`, at every precision, on every seed."""
+    """A phase on one arm and target: `chosen` of `attacks`, at every precision, on every seed.
+
+    More may be chosen than there are: others of these families, which nobody knows yet.
+    """
 
     phase: Phase
     arm: Arm
-    concept: Concept
+    target: Target
     attacks: tuple[Spec, ...]
     chosen: int
 
@@ -81,7 +95,7 @@ class Row:
     Attributes:
         phase: Its name, as shown while it runs.
         arm: Whose weights.
-        target: Name of the concept.
+        target: Its name.
         trials: How many.
         held: How many of them the ledger has already.
         steps: Optimizer steps of all the others.
@@ -133,21 +147,20 @@ class Plan:
         return sum(row.seconds for row in self.rows) / self.workers
 
 
-def parts(policy: Policy) -> list[Part]:
+Pools = Mapping[str, tuple[Spec, ...]]
+"""Attacks drawn at random for each target, by its name."""
+
+
+def parts(policy: Policy, pools: Pools) -> list[Part]:
     """The phases of a red team that no breach ends, in their order."""
-    knows_never = policy.red_team.never_knew != "unavailable"
     found: list[Part] = []
-    for concept in policy.concepts:
-        attacks = listed(policy, concept)
-        scratch = from_scratch(attacks)
-        if concept.ceiling == "midpoint":
-            found.append(Part(MIDPOINT, "undefended", concept, attacks, len(attacks)))
-            found.append(Part(MIDPOINT, "never_knew", concept, scratch, len(scratch)))
-        found.append(Part(SEARCH, "defended", concept, attacks, len(attacks)))
-        found.append(Part(CONFIRM, "defended", concept, attacks, len(attacks)))
-    for concept in policy.concepts:
-        found += _controls(policy, concept, knows_never=knows_never)
-    return [part for part in found if part.attacks]
+    for target in policy.targets:
+        found += _listed(policy, target)
+    for target in policy.targets:
+        found += _drawn_and_searched(policy, target, pools.get(target.name, ()))
+    for target in policy.targets:
+        found += _controls(policy, target, pools.get(target.name, ()))
+    return [part for part in found if part.attacks and part.chosen]
 
 
 def rows(
@@ -155,7 +168,13 @@ def rows(
 ) -> tuple[Row, ...]:
     """What each part comes to, less what the ledger holds."""
     known = {_blind(trial) for trial in held}
-    return tuple(_row(part, ground, paces, known) for part in wanted)
+    found = []
+    for part in wanted:
+        trials = _trials(part, ground)
+        mine = known & {_blind(trial) for trial in trials}
+        known -= mine  # what two parts might choose is run once
+        found.append(_row(part, trials, paces, len(mine)))
+    return tuple(found)
 
 
 def disk(policy: Policy, *, payload: int, num_trials: int, immunizes: bool) -> int:
@@ -167,39 +186,96 @@ def disk(policy: Policy, *, payload: int, num_trials: int, immunizes: bool) -> i
     return copies * payload + 4 * num_trials * (_LINE_BYTES + _POINT_BYTES * points)
 
 
-def _controls(policy: Policy, concept: Concept, *, knows_never: bool) -> list[Part]:
-    attacks = listed(policy, concept)
-    families = len(best_of_each_family(attacks))
-    longest = min(policy.red_team.long_run_best, len(attacks))
-    found = [
-        Part(CONTROL, "undefended", concept, attacks, len(attacks)),
-        Part(CONFIRM_CONTROL, "undefended", concept, attacks, families),
+def _listed(policy: Policy, target: Target) -> list[Part]:
+    attacks, others = listed(policy, target), controls(policy, target)
+    found = []
+    if target.ceiling == "midpoint":
+        scratch = from_scratch(others)
+        found.append(Part(MIDPOINT, "undefended", target, others, len(others)))
+        found.append(Part(MIDPOINT, "never_knew", target, scratch, len(scratch)))
+    found.append(Part(SEARCH, "defended", target, attacks, len(attacks)))
+    found.append(Part(CONFIRM, "defended", target, attacks, len(attacks)))
+    return found
+
+
+def _drawn_and_searched(policy: Policy, target: Target, pool: tuple[Spec, ...]) -> list[Part]:
+    kept = min(policy.red_team.drawn + DRAWN_AT_ONCE - 1, len(pool))
+    families, num_searched = searchable(listed(policy, target)), policy.red_team.searched
+    return [
+        Part(DRAW, "undefended", target, pool, len(pool)),
+        Part(DRAW, "defended", target, pool, kept),
+        Part(CONFIRM, "defended", target, pool, kept),
+        Part(ADAPT, "defended", target, families, num_searched),
+        Part(CONFIRM, "defended", target, families, num_searched),
     ]
-    if knows_never and (scratch := from_scratch(attacks)):
+
+
+def _controls(policy: Policy, target: Target, pool: tuple[Spec, ...]) -> list[Part]:
+    red, attacks = policy.red_team, controls(policy, target)
+    if isinstance(target, MergeTarget):
+        return _merge_controls(policy, target, attacks)
+    families = len(best_of_each_family(attacks))
+    known = (*attacks, *pool)
+    found = [
+        Part(CONTROL, "undefended", target, attacks, len(attacks)),
+        Part(CONFIRM_CONTROL, "undefended", target, known, families),
+    ]
+    found += _other_arms(policy, target, known)
+    most = red.long_run_best + len(policy.gate.mandatory)  # these are always followed
+    longest = min(most, len(best_of_each_family(known)))
+    return [*found, Part(LONG_RUN, "defended", target, known, longest)]
+
+
+def _merge_controls(policy: Policy, target: Target, attacks: tuple[Spec, ...]) -> list[Part]:
+    """Every merge may breach the undefended model, and is confirmed then; none gets a long run."""
+    arms: list[Arm] = ["undefended"]
+    if policy.red_team.ancestor not in {None, "undefended"}:
+        arms.append("ancestor")
+    return [
+        Part(phase, arm, target, attacks, len(attacks))
+        for arm in arms
+        for phase in (CONTROL, CONFIRM_CONTROL)
+    ]
+
+
+def _other_arms(policy: Policy, target: Target, known: tuple[Spec, ...]) -> list[Part]:
+    red, attacks = policy.red_team, controls(policy, target)
+    families = len(best_of_each_family(attacks))
+    added = families if len(known) > len(attacks) else 0  # what was best on the undefended model
+    has_ancestor = red.ancestor not in {None, "undefended"}
+    arms: dict[Arm, bool] = {"sham": red.sham, "ancestor": has_ancestor}
+    found = []
+    for arm in [arm for arm, wanted in arms.items() if wanted]:
+        found.append(Part(CONTROL, arm, target, known, len(attacks) + added))
+        found.append(Part(CONFIRM_CONTROL, arm, target, known, families))
+    if red.never_knew != "unavailable" and (scratch := from_scratch(attacks)):
         tuned = [retuned(best, scratch) for best in scratch]
         variants = tuple({spec.label: spec for specs in tuned for spec in specs}.values())
         found += [
-            Part(CONTROL, "never_knew", concept, scratch, len(scratch)),
-            Part(TUNE, "never_knew", concept, variants, max(map(len, tuned))),
-            Part(CONFIRM_CONTROL, "never_knew", concept, (*scratch, *variants), 1),
+            Part(CONTROL, "never_knew", target, scratch, len(scratch)),
+            Part(TUNE, "never_knew", target, variants, max(map(len, tuned))),
+            Part(CONFIRM_CONTROL, "never_knew", target, (*scratch, *variants), 1),
         ]
-    return [*found, Part(LONG_RUN, "defended", concept, attacks, longest)]
+    return found
 
 
-def _row(part: Part, ground: Ground, paces: Paces, known: Collection[bytes]) -> Row:
+def _trials(part: Part, ground: Ground) -> list[Trial]:
     precisions = ground.policy.precisions
-    trials = ground.trials(part.phase, part.arm, part.concept, part.attacks, precisions, 0.0)
+    return ground.trials(part.phase, part.arm, part.target, part.attacks, precisions, 0.0)
+
+
+def _row(part: Part, trials: Sequence[Trial], paces: Paces, num_held: int) -> Row:
     worst = [
         trial
-        for precision in precisions
+        for precision in dict.fromkeys(trial.precision for trial in trials)
         for trial in _slowest([t for t in trials if t.precision == precision], part.chosen, paces)
     ]
-    held = min(len(worst), sum(_blind(trial) in known for trial in trials))
+    held = min(len(worst), num_held)
     left = 1 - held / len(worst)
     return Row(
         phase=part.phase.name,
         arm=part.arm,
-        target=part.concept.name,
+        target=part.target.name,
         trials=len(worst),
         held=held,
         steps=round(left * sum(_pace(trial, paces).steps(trial) for trial in worst)),
@@ -211,11 +287,12 @@ def _slowest(trials: Sequence[Trial], chosen: int, paces: Paces) -> list[Trial]:
     """All seeds of the slowest configurations; `trials` are ordered by configuration."""
     groups = [list(group) for _, group in groupby(trials, key=lambda trial: trial.attack.label)]
     groups.sort(key=lambda group: -_pace(group[0], paces).seconds(group[0]))
-    return [trial for group in groups[:chosen] for trial in group]
+    groups = groups[:chosen] + [groups[0]] * (chosen - len(groups))
+    return [trial for group in groups for trial in group]
 
 
 def _pace(trial: Trial, paces: Paces) -> Pace:
-    return paces[trial.attack.name, trial.precision]
+    return paces[trial.attack.family, trial.precision]
 
 
 def _blind(trial: Trial) -> bytes:

@@ -5,6 +5,7 @@ it holds exactly one implementation. The file name is the plug-in's only name.
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -30,17 +31,44 @@ class Spec(BaseModel):
 
     @property
     def label(self) -> str:
-        """Short text that tells two specs of one name apart: `finetune(lr=0.01, optimizer=sgd)`."""
+        """Short text that tells two specs of one name apart: `finetune(lr=0.01, optimizer=sgd)`.
+
+        What is made of others reads `rescale > finetune(lr=0.01)`.
+        """
+        if self.parts:
+            return " > ".join(part.label for part in self.parts)
         options = ", ".join(f"{key}={value}" for key, value in sorted(self.options.items()))
         return f"{self.name}({options})" if options else self.name
+
+    @property
+    def parts(self) -> tuple["Spec", ...]:
+        """The specs that one is made of (`steps`, tables with a name), in their order."""
+        steps = self.options.get("steps")
+        if not isinstance(steps, list | tuple):
+            return ()
+        return tuple(Spec.model_validate(step) for step in steps)
+
+    @property
+    def family(self) -> str:
+        """What it does whatever its options: its name, or `rescale>finetune`."""
+        return ">".join(part.family for part in self.parts) or self.name
+
+    def changed(self, **options: Any) -> "Spec":
+        """With other options; of what is made of others, the last one has them."""
+        if not self.parts:
+            return Spec(name=self.name, **{**self.options, **options})
+        *first, last = self.parts
+        steps = [part.model_dump() for part in (*first, last.changed(**options))]
+        return Spec(name=self.name, **{**self.options, "steps": steps})
 
 
 class Plugin(BaseModel):
     """Base of every contract. Options are fields: a default, its bounds in the type."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
+    @functools.cache  # asked for every trial, held or not
     def available(cls) -> tuple[str, ...]:
         """Names of the implementations that ship beside this contract."""
         package = importlib.import_module(cls.__module__)
@@ -71,6 +99,7 @@ class Plugin(BaseModel):
             raise PolicyError("\n".join(lines)) from None
 
     @classmethod
+    @functools.cache
     def _implementation(cls, name: str) -> type[Self]:
         module = importlib.import_module(f"{cls.__module__}.{name}")
         (found,) = (

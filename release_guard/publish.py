@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from release_guard.attacks import Attack
 from release_guard.attestation import attest
 from release_guard.card import Publication, card
-from release_guard.errors import IntegrityError, ModelError
+from release_guard.errors import IntegrityError, ModelError, PolicyError
 from release_guard.evidence import SUITE, Evidence, StageReport, canonical_json
 from release_guard.gate import gate
 from release_guard.hubs import Hub
@@ -17,11 +17,14 @@ from release_guard.ledger import Ledger
 from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
 from release_guard.modalities import Modality, settle_threads
 from release_guard.oms import sign
-from release_guard.policy import Policy
+from release_guard.phases import data_digests
+from release_guard.plugins import Spec
+from release_guard.policy import HUB_PREFIX, Policy
 from release_guard.redteam import Session, Subject, red_team
 from release_guard.release import Candidate, Receipt, Verdict
 from release_guard.report import render
 from release_guard.run import Run, folder_made_whole, share_files
+from release_guard.sham_weights import sham_of
 from release_guard.signers import Signer
 from release_guard.stages import Stage, Workspace
 from release_guard.verify import Trust, require_intact, verify
@@ -129,6 +132,7 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
         ModelError: A model or its data cannot be used.
         ImmunizationError: A stage failed.
     """
+    check_order(order)
     source = local_folder(order.source)
     undefended = local_folder(order.base) if order.base else source
     about: dict[str, Any] = {
@@ -138,10 +142,18 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
         "as_is": order.as_is,
         "suite": SUITE,
     }
+    check_attacks(order.policy)
+    check_donors(order.policy, source, undefended)
+    ancestor = public_ancestor(order.policy, source, undefended)
+    if ancestor is not None:
+        about["ancestor"] = hash_directory(ancestor).payload.root
     modality = Modality.build(order.policy.modality)
     base = modality.load(str(undefended))
     settle_threads(base, session.workers)
     check_data(base, order.policy)
+    check_relatives(base, order.policy, ancestor)
+    about["data"] = data_digests(base, order.policy)
+    about["retained"] = base.digest(order.policy.retain.dataset)
     run = Run.claim(output, about)
     run.write(run.policy.name, order.policy.source)
     stages: tuple[StageReport, ...] = ()
@@ -150,24 +162,143 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
     else:
         stages = _immunize(base, order.policy, run, session)
     immunized = modality.load(str(run.immunized))
-    return Subject(undefended, run.immunized, base, immunized, stages), run
+    moved = _make_sham(base, immunized, run, order.policy, session)
+    return Subject(undefended, run.immunized, base, immunized, stages, moved, ancestor), run
+
+
+def check_order(order: Order) -> None:
+    """Whether it is clear which model is published.
+
+    Raises:
+        PolicyError: The source was immunized elsewhere, and stages would immunize its base instead.
+    """
+    if order.base and order.policy.stages and not order.as_is:
+        raise PolicyError(
+            "--base says that the source was immunized elsewhere, but the policy has stages, which "
+            "would immunize the base and publish that; add --as-is, or leave --base out"
+        )
+
+
+def check_attacks(policy: Policy) -> None:
+    """Whether every listed attack is for this kind of model, and has the ancestor it needs.
+
+    A merge target that names its base brings the ancestor along.
+
+    Raises:
+        PolicyError: One line for each that is not.
+    """
+    lines = []
+    for place, spec in enumerate(policy.attacks):
+        attack, kind = Attack.build(spec, where=f"attacks[{place}]"), policy.modality.name
+        if attack.modalities and kind not in attack.modalities:
+            others = ", ".join(attack.modalities)
+            lines.append(
+                f"attacks[{place}]: {spec.name} is for {others}, not for {kind}; remove it"
+            )
+        aimed = attack.targets(policy)
+        has_bases = bool(aimed) and all(getattr(target, "base", None) for target in aimed)
+        if attack.needs_ancestor and policy.red_team.ancestor is None and not has_bases:
+            advice = "name one as red_team.ancestor, or remove the attack"
+            if policy.merge_targets:
+                advice = f"give merge_targets.base, {advice}"
+            lines.append(f"attacks[{place}]: {spec.name} needs a public ancestor; {advice}")
+    if lines:
+        raise PolicyError("\n".join(lines))
+
+
+def public_ancestor(policy: Policy, source: Path, undefended: Path) -> Path | None:
+    """Folder of the ancestor the policy names.
+
+    Raises:
+        PolicyError: It is one of the two models that are compared with it.
+        ModelError: It cannot be had.
+    """
+    named = policy.red_team.ancestor
+    if named is None or named == "undefended":
+        return None if named is None else undefended
+    folder = local_folder(named.removeprefix(HUB_PREFIX))
+    root = hash_directory(folder).payload.root
+    if root == hash_directory(undefended).payload.root:
+        advice = 'if that is public, write ancestor = "undefended"'
+        raise PolicyError(f"red_team.ancestor: {named} is the undefended model itself; {advice}")
+    if root == hash_directory(source).payload.root:
+        advice = "name the public model it was made from, or remove the key"
+        raise PolicyError(f"red_team.ancestor: {named} is the model to be released; {advice}")
+    return folder
+
+
+def check_relatives(base: "ModelHandle", policy: Policy, ancestor: Path | None) -> None:
+    """Whether the ancestor and the donors of merges have the base model's tensors.
+
+    Raises:
+        ModelError: One cannot be loaded, or has other shapes or other tokens.
+    """
+    sources = [str(ancestor)] if policy.red_team.ancestor not in {None, "undefended"} else []
+    for target in policy.merge_targets:
+        sources += filter(None, [target.donor, target.base])
+    for source in dict.fromkeys(sources):
+        base.peer(source)
+
+
+def check_donors(policy: Policy, source: Path, undefended: Path) -> None:
+    """Whether every donor is a model of its own.
+
+    Raises:
+        PolicyError: It is one of those that it is to be merged with.
+        ModelError: It cannot be had.
+    """
+    for place, target in enumerate(policy.merge_targets):
+        others = {"the model to be released": source, "the undefended model": undefended}
+        base = target.base or policy.red_team.ancestor
+        if base not in {None, "undefended"}:
+            others["its own base"] = local_folder(str(base).removeprefix(HUB_PREFIX))
+        root = _payload_root(local_folder(target.donor.removeprefix(HUB_PREFIX)))
+        for what, folder in others.items():
+            if root == _payload_root(folder):
+                advice = "name a model with a task of its own"
+                raise PolicyError(f"merge_targets[{place}].donor: that is {what}; {advice}")
+
+
+def _payload_root(folder: Path) -> str:
+    return hash_directory(folder).payload.root
 
 
 def check_data(base: "ModelHandle", policy: Policy) -> None:
     """Everything about the data that can go wrong, before anything is spent.
 
     Raises:
-        ModelError: A data set cannot be read, or a concept shares examples with the retained data.
+        ModelError: A data set cannot be read or is too small for an attack, or a concept shares
+            examples with the retained data, a merge target with the donor's.
     """
     base.digest(policy.retain.dataset)
-    for concept in policy.concepts:
-        overlap = base.overlap(concept.dataset, policy.retain.dataset)
+    retained, donors = "the retained data", "the donor's data"
+    for target, dataset, what in (
+        *((concept, policy.retain.dataset, retained) for concept in policy.concepts),
+        *((merge, merge.donor_dataset, donors) for merge in policy.merge_targets),
+    ):
+        overlap = base.overlap(target.dataset, dataset)
         if overlap.exact > policy.gate.max_overlap:
             raise ModelError(
-                f"{concept.name}: {overlap.exact:.1%} of its examples stand in the retained data "
-                f"too ({concept.dataset}); remove them from one of the two, or raise "
-                "gate.max_overlap"
+                f"{target.name}: {overlap.exact:.1%} of its examples stand in {what} too "
+                f"({target.dataset}); remove them from one of the two, or raise gate.max_overlap"
             )
+    for place, spec in enumerate(policy.attacks):
+        try:
+            _check_read(base, policy, spec)
+        except ModelError as error:
+            raise ModelError(f"attacks[{place}]: {error}") from error
+
+
+def _check_read(base: "ModelHandle", policy: Policy, spec: Spec) -> None:
+    """Whether an attack has the examples that it reads."""
+    attack = Attack.build(spec).located(policy)
+    for source in attack.sources:
+        base.digest(source)
+    if not attack.wants:
+        return
+    for target in (target for target in policy.targets if spec in policy.aimed_at(target)):
+        for dataset in filter(None, (target.dataset, getattr(target, "donor_dataset", None))):
+            base.batches(dataset, "attack", size=attack.wants, seed=policy.seed)
 
 
 def attack(subject: Subject, run: Run, policy: Policy, session: Session) -> Evidence:
@@ -284,6 +415,23 @@ def _immunize(
     with folder_made_whole(run.immunized) as folder:
         model.save(folder)
     return tuple(reports)
+
+
+def _make_sham(
+    base: "ModelHandle", immunized: "ModelHandle", run: Run, policy: Policy, session: Session
+) -> Path | None:
+    """Folder of the sham, made once: it depends on nothing but what this run is about."""
+    if not policy.red_team.sham:
+        return None
+    if not run.sham.is_dir():
+
+        def progress(done: int, rounds: int, line: str) -> None:
+            session.progress("make the sham", done, rounds, line)
+
+        moved = sham_of(base, immunized, policy, progress)
+        with folder_made_whole(run.sham) as folder:
+            moved.save(folder)
+    return run.sham
 
 
 def _apply(

@@ -61,6 +61,11 @@ class Strength:
         head_start: BTB(never knew) / BTB(undefended); below 3 a sigma says nothing.
         long_run: kappa when the best attackers get more than the budget and breach; reported,
             never judged. None: those few did not breach, which says nothing of the others.
+        outside: BTB(defended) / the lesser of BTB(never knew) and BTB(ancestor): what the attacker
+            saves by starting from the release; None where no ancestor was attacked.
+        ancestor: BTB(ancestor) / BTB(undefended): what holds up whoever has the public ancestor.
+        sham: Resistance index of the defended model less that of a sham that moved as far.
+        rounding: kappa at the first precision / kappa here; None there, and where one is unknown.
     """
 
     target: str
@@ -69,6 +74,10 @@ class Strength:
     sigma: Interval | None
     head_start: Interval | None
     long_run: Interval | None = None
+    outside: Interval | None = None
+    ancestor: Interval | None = None
+    sham: Interval | None = None
+    rounding: float | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ DIR/run.json       what this run is: source, policy, mode; never a secret
 DIR/policy.toml    the policy's exact bytes
 DIR/checkpoints/   progress of the stages
 DIR/immunized/     the immunized model, once complete: these very files are attacked and pushed
+DIR/sham/          a model moved as far to no purpose, where the policy asks for one
 DIR/stages.json, DIR/evidence.jsonl, DIR/report.html
 DIR/release/       the upload set, nothing else
 DIR/../trials.jsonl  the ledger, shared by all runs in that folder
@@ -64,6 +65,10 @@ class Run:
     @property
     def immunized(self) -> Path:
         return self.directory / "immunized"
+
+    @property
+    def sham(self) -> Path:
+        return self.directory / "sham"
 
     @property
     def release(self) -> Path:

@@ -15,6 +15,8 @@ _MARKERS = {
     "circle": '<circle cx="{x}" cy="{y}" r="3.6" class="{css}"/>',
     "square": '<path d="M{x} {y}m-3.3 -3.3h6.6v6.6h-6.6z" class="{css}"/>',
     "triangle": '<path d="M{x} {y}m0 -4.4l4.2 7.6h-8.4z" class="{css}"/>',
+    "inverted": '<path d="M{x} {y}m0 4.4l4.2 -7.6h-8.4z" class="{css}"/>',
+    "cross": '<path d="M{x} {y}m-3 -3l6 6m0 -6l-6 6" class="{css}"/>',
     "arrow": '<path d="M{x} {y}m0 -4.5l7 4.5l-7 4.5z" class="{css}"/>',
     "diamond": '<path d="M{x} {y}m0 -4.6l4.6 4.6l-4.6 4.6l-4.6 -4.6z" class="{css}"/>',
 }
@@ -104,14 +106,19 @@ def polyline(points: Iterable[tuple[float, float]], *, css: str) -> str:
     return f'<polyline points="{path}" class="{css}"/>'
 
 
-def steps(points: Sequence[tuple[float, float]], *, css: str) -> str:
-    """A staircase: each height holds until the next point."""
-    corners = [
+def area(corners: Iterable[tuple[float, float]], *, css: str) -> str:
+    """A filled shape with these corners."""
+    path = " ".join(f"{_round(x)},{_round(y)}" for x, y in corners)
+    return f'<polygon points="{path}" class="{css}"/>'
+
+
+def staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The corners of a staircase through these points: each height holds until the next one."""
+    return [
         corner
         for (_, before), (x, y) in zip([*points[:1], *points], points, strict=False)
         for corner in ((x, before), (x, y))
     ]
-    return polyline(corners, css=css)
 
 
 def rectangle(x: float, y: float, width: float, height: float, *, css: str) -> str:
@@ -122,8 +129,15 @@ def rectangle(x: float, y: float, width: float, height: float, *, css: str) -> s
     )
 
 
+def arrow(x1: float, x2: float, y: float, *, css: str) -> str:
+    """A level line from `x1` to `x2` with a head in its middle, where no mark hides it."""
+    middle, back = (x1 + x2) / 2, math.copysign(min(5.0, abs(x2 - x1) / 2), x1 - x2)
+    head = [(middle + back, y - 4), (middle, y), (middle + back, y + 4)]
+    return line(x1, y, x2, y, css=css) + polyline(head, css=css)
+
+
 def marker(shape: str, x: float, y: float, *, css: str) -> str:
-    """A circle, square, triangle, arrow or diamond around a point."""
+    """A circle, square, triangle, inverted, cross, arrow or diamond around a point."""
     return _MARKERS[shape].format(x=_round(x), y=_round(y), css=css)
 
 

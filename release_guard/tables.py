@@ -2,21 +2,17 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from release_guard import figures
-from release_guard.evidence import Arm, Evidence, Origin
+from release_guard import figures, wording
+from release_guard.evidence import Evidence, Origin
 from release_guard.figures import ARM_NAMES, ARMS, ENDINGS, ORIGINS, Effort
-from release_guard.page import Cell, bullets, paragraph, section, subheading, table
+from release_guard.page import Cell, bullets, folded, paragraph, section, subheading, table
 from release_guard.policy import Policy, Unit
 from release_guard.release import Result, Verdict
-from release_guard.statistics import Finding
-from release_guard.sweep import places
+from release_guard.sweep import everywhere
+from release_guard.usefulness import all_counted
 
+_UNFOLDED = 40  # longer tables open on demand
 _MEANING = {Result.PASS: "good", Result.FAIL: "bad", Result.INCONCLUSIVE: "unsure"}
-_FINDINGS: Mapping[Finding, str] = {
-    "confirmed": "bad",
-    "unresolved": "unsure",
-    "refuted": "good",
-}
 _ENDINGS = {
     "breached": "the score rose above the ceiling",
     "survived": "the trial's own budget ran out first",
@@ -26,25 +22,11 @@ _ENDINGS = {
 _ORIGIN_NAMES: Mapping[Origin, str] = {
     "listed": "listed in the policy",
     "tuned": "tuned for that arm",
+    "drawn": "drawn at random",
+    "searched": "found by adaptive search",
     "confirming": "confirming, fresh seeds",
     "long_run": "long run",
 }
-
-
-def matrix(evidence: Evidence, policy: Policy) -> str:
-    """Precision x attack: what each attack reached within the budget, undefended and defended."""
-    how = (
-        "One row an attack, one pair of columns a precision: the highest score within the budget, "
-        "or the least cost of a breach. In the 'defended' column orange is a breach that fresh "
-        "seeds confirm, blue is none, yellow is open. A breach in the 'undefended' column shows "
-        "that an attack works at all; yellow there means that it shows nothing."
-    )
-    parts = []
-    for target in dict.fromkeys(place.target for place in places(evidence, policy)):
-        ceiling = evidence.ceilings.get(target)
-        known = "unknown" if ceiling is None else figures.score(ceiling)
-        parts += [subheading(f"{target} (ceiling {known})"), _matrix(evidence, policy, target)]
-    return section("Precision by attack", how, *parts)
 
 
 def checks(verdict: Verdict) -> str:
@@ -65,17 +47,18 @@ def checks(verdict: Verdict) -> str:
 
 def attacks(evidence: Evidence, policy: Policy) -> str:
     """Every attack with its options, seeds and budget to breach on each arm."""
-    unit = policy.red_team.budget.unit
+    unit, tried_on = policy.red_team.budget.unit, figures.arms(evidence)
     rows: list[Sequence[str | Cell]] = []
-    for place in places(evidence, policy):
-        by_arm = {arm: _by_label(figures.efforts(place, arm)) for arm in ARMS}
+    for place in everywhere(evidence, policy):
+        by_arm = {arm: _by_label(figures.efforts(place, arm)) for arm in tried_on}
         labels = dict.fromkeys(label for efforts in by_arm.values() for label in efforts)
         for label in labels:
-            tried = [by_arm[arm].get(label) for arm in ARMS]
+            tried = [by_arm[arm].get(label) for arm in tried_on]
             rows.append(
                 (
                     Cell(label, "wide"),
                     place.name,
+                    _kind(effort for effort in tried if effort),
                     _seeds(effort for effort in tried if effort),
                     *(_costs(effort, unit) for effort in tried),
                 )
@@ -86,8 +69,12 @@ def attacks(evidence: Evidence, policy: Policy) -> str:
         f"Budget to breach in {unit}, least and greatest over seeds; '>' means that it was not "
         "reached by then. Seeds are those of all models together."
     )
-    head = ("attack and options", "target@precision", "seeds", *ARM_NAMES.values())
-    return section("Attacks", how, table("Attacks", head, rows))
+    names = (ARM_NAMES[arm] for arm in tried_on)
+    head = ("attack and options", "target@precision", "kind", "seeds", *names)
+    content = table("Attacks", head, rows)
+    if len(rows) > _UNFOLDED:
+        content = folded(f"All {len(rows)} attacks", content)
+    return section("Attacks", how, content)
 
 
 def confirmations(evidence: Evidence, policy: Policy) -> str:
@@ -101,10 +88,10 @@ def confirmations(evidence: Evidence, policy: Policy) -> str:
             str(record.trial.seed),
             _ORIGIN_NAMES[record.origin],
             figures.ending(record, place.ceiling),
-            figures.between(cost, unit),
-            figures.score(max((point.score for point in record.outcome.curve), default=None)),
+            wording.between(cost, unit),
+            wording.score(max((point.score for point in record.outcome.curve), default=None)),
         )
-        for place in places(evidence, policy)
+        for place in everywhere(evidence, policy)
         for arm in ARMS
         for effort in figures.efforts(place, arm)
         for record, cost in zip(effort.records, effort.costs, strict=True)
@@ -118,17 +105,21 @@ def confirmations(evidence: Evidence, policy: Policy) -> str:
     if not rows:
         return section("Confirmations", "None: nothing was run on fresh seeds.")
     head = ("model", "attack", "target@precision", "seed", "kind", "ending", "breach", "highest")
-    return section("Confirmations", how, table("Confirmations", head, rows))
+    content = table("Confirmations", head, rows)
+    if len(rows) > _UNFOLDED:
+        content = folded(f"All {len(rows)} trials on fresh seeds", content)
+    return section("Confirmations", how, content)
 
 
 def ledger(evidence: Evidence) -> str:
     """Trials by arm, origin and ending."""
     rows: list[Sequence[str | Cell]] = []
+    trials = tuple(all_counted(evidence.records))
     for arm in ARMS:
         for origin in ORIGINS:
             outcomes = [
                 figures.ending(record, evidence.ceilings.get(record.trial.target, 0.0))
-                for record in evidence.records
+                for record in trials
                 if (record.trial.arm, record.origin) == (arm, origin)
             ]
             counts = [outcomes.count(ending) for ending in ENDINGS]
@@ -148,7 +139,7 @@ def stages(evidence: Evidence) -> str:
             Cell(stage.paper, "wide", link=stage.paper),
             Cell(_pairs(stage.options), "wide"),
             Cell(_pairs(stage.measures), "wide"),
-            figures.duration(stage.seconds),
+            wording.duration(stage.seconds),
         )
         for stage in evidence.stages
     ]
@@ -164,11 +155,13 @@ def controls(evidence: Evidence, policy: Policy) -> str:
         "no: the defended files equal the undefended ones" if evidence.change.identical else "yes"
     )
     rows = [("weights changed by the defence", same)]
+    merged = {target.name for target in policy.merge_targets}
     for target in evidence.ceilings:
+        others = "the donor's data" if target in merged else "the retained data"
         exact = evidence.overlap.get(target)
         near = evidence.near_overlap.get(target)
         rows += [
-            (f"{target}: examples that stand in the retained data", _share(exact)),
+            (f"{target}: examples that stand in {others}", _share(exact)),
             (f"{target}: examples with a near duplicate there", _share(near)),
         ]
     for arm, why in evidence.unavailable.items():
@@ -198,9 +191,16 @@ def not_tested(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
             )
         )
     else:
-        parts.append(paragraph("None was seen, by the few attacks that went so far; others may."))
+        rest = "the few that went so far did not; others may"
+        parts.append(paragraph(f"None was seen of an attack that held off until then: {rest}."))
     how = "Nothing in this report says anything about the following."
     return section("Not tested", how, *parts)
+
+
+def not_measured(missing: Sequence[str]) -> str:
+    """What the evidence does not hold, one line each, in the place of empty pictures."""
+    how = "Not in this evidence, so that there is no picture of it."
+    return section("Not measured", how, bullets(missing))
 
 
 def sources(evidence: Evidence, policy: Policy) -> str:
@@ -212,10 +212,10 @@ def sources(evidence: Evidence, policy: Policy) -> str:
         ("defended files, payload root", evidence.immunized),
         (
             "red team",
-            f"profile {policy.red_team.profile}, {figures.cost(budget.limit, budget.unit)}",
+            f"profile {policy.red_team.profile}, {wording.cost(budget.limit, budget.unit)}",
         ),
-        ("retained data", figures.dataset(policy.retain.dataset)),
-        *((f"target {target.name}", figures.dataset(target.dataset)) for target in policy.targets),
+        ("retained data", wording.dataset(policy.retain.dataset)),
+        *((f"target {target.name}", wording.dataset(target.dataset)) for target in policy.targets),
         ("begun", evidence.started_at),
         ("ended", evidence.finished_at),
         ("suite", evidence.suite),
@@ -227,43 +227,17 @@ def sources(evidence: Evidence, policy: Policy) -> str:
     return section("Where this comes from", how, table("Sources", ("what", "value"), wide))
 
 
-def _matrix(evidence: Evidence, policy: Policy, target: str) -> str:
-    here = [place for place in places(evidence, policy) if place.target == target]
-    arms: tuple[Arm, ...] = ("undefended", "defended")
-    columns = [(place, arm) for place in here for arm in arms]
-    tried = {(place, arm): _by_label(figures.efforts(place, arm)) for place, arm in columns}
-    labels = [attack.label for attack in policy.attacks]
-    rows = [
-        (
-            Cell(label, "wide"),
-            *(_outcome(tried[column].get(label), column[1], policy) for column in columns),
-        )
-        for label in labels
-    ]
-    head = ["attack", *(f"{place.precision}, {arm}" for place, arm in columns)]
-    return table(f"Precision by attack, {target}", head, rows)
-
-
-def _outcome(effort: Effort | None, arm: Arm, policy: Policy) -> Cell:
-    if effort is None:
-        return Cell("not run", "unsure")
-    said = figures.found(effort, policy.red_team.budget.unit)
-    if arm == "undefended":
-        return Cell(said, "" if effort.breaches else "unsure")
-    if effort.finding is not None:
-        said = f"{said}; on fresh seeds {effort.finding}"
-    return Cell(said, _judged(effort))
-
-
-def _judged(effort: Effort) -> str:
-    if effort.finding is not None:
-        return _FINDINGS[effort.finding]
-    endings = {record.outcome.ending for record in effort.records}
-    return "good" if endings & {"survived", "breached"} else "unsure"
-
-
 def _by_label(efforts: Iterable[Effort]) -> Mapping[str, Effort]:
     return {effort.attack.label: effort for effort in efforts}
+
+
+def _kind(efforts: Iterable[Effort]) -> str:
+    """Why it was tried, whom it was written against, whether it needs no control."""
+    records = [record for effort in efforts for record in effort.records]
+    why = {_ORIGIN_NAMES[record.origin] for record in records if record.trial.split == "search"}
+    against = {f"written against {record.against}" for record in records if record.against}
+    surgical = {"surgical: needs no control"} if any(r.surgical for r in records) else set()
+    return ", ".join([*sorted(why), *sorted(against), *surgical]) or "fresh seeds only"
 
 
 def _seeds(efforts: Iterable[Effort]) -> str:
@@ -275,7 +249,7 @@ def _costs(effort: Effort | None, unit: Unit) -> str:
     if effort is None:
         return "not run"
     ends = sorted(effort.costs, key=lambda cost: (cost.upper is None, cost.point))
-    least, greatest = (figures.least(cost) for cost in (ends[0], ends[-1]))
+    least, greatest = (wording.least(cost) for cost in (ends[0], ends[-1]))
     return least if least == greatest else f"{least} … {greatest}"
 
 
@@ -292,4 +266,4 @@ def _short(value: object) -> str:
 
 
 def _share(share: float | None) -> str:
-    return "not measured" if share is None else figures.percent(share)
+    return "not measured" if share is None else wording.percent(share)

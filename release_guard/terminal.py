@@ -145,7 +145,7 @@ class _Phase:
         return now - self.shown < _QUIET_SECONDS
 
     def told(self, line: str, now: float) -> str:
-        from release_guard.figures import duration  # noqa: PLC0415  --help needs no pydantic
+        from release_guard.wording import duration  # noqa: PLC0415  --help needs no pydantic
 
         left = self.seconds_left(now)
         about = "" if left is None else f", about {duration(left)} left"

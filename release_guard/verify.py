@@ -73,6 +73,28 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Rejudged:
+    """One check as it was signed, and as the signed evidence bears it out now.
+
+    Attributes:
+        name: Such as `resists/lora/footwear@nf4`.
+        signed: What the attestation says; None if it does not name this check.
+        found: What the gate says; None if it has no such check.
+        detail: The gate's sentence.
+    """
+
+    name: str
+    signed: Result | None
+    found: Result | None
+    detail: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both say the same."""
+        return self.signed is self.found
+
+
+@dataclass(frozen=True)
 class Verification:
     """All that was found.
 
@@ -82,6 +104,7 @@ class Verification:
         signed: What `model.sig` vouches for; None if nobody does.
         claims: What the attestations say; None unless all three hold.
         notes: Things ignored that somebody may want to know of.
+        rejudged: Every check; none unless the gate was run again.
     """
 
     findings: tuple[Finding, ...]
@@ -89,6 +112,7 @@ class Verification:
     signed: SignedFiles | None = None
     claims: Claims | None = None
     notes: tuple[str, ...] = ()
+    rejudged: tuple[Rejudged, ...] = ()
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -103,7 +127,13 @@ class Verification:
 
 
 def verify(
-    tree: Tree, trust: Trust, *, now: datetime, partial: bool = False, rejudge: bool = True
+    tree: Tree,
+    trust: Trust,
+    *,
+    now: datetime,
+    partial: bool = False,
+    rejudge: bool = True,
+    every_check: bool = False,
 ) -> Verification:
     """Check a release against what the caller trusts.
 
@@ -114,6 +144,7 @@ def verify(
         partial: Missing weights, configuration and documents are no finding, as when only some
             files were fetched. Missing evidence still is.
         rejudge: Run the gate again on the signed evidence and require that it agrees.
+        every_check: It must agree check by check, not only in the verdict.
     """
     manifest = tree.manifest
     check = _Check(tree, trust, manifest)
@@ -124,10 +155,13 @@ def verify(
     claims = check.attestations(signed)
     if claims is not None:
         check.claims(signed, claims, now)
-    if claims is not None and rejudge:
-        check.judgement(signed, claims)
+    rejudged = check.judgement(signed, claims) if claims is not None and rejudge else ()
+    if every_check:
+        check.agreement(rejudged)
     notes = tuple(_notes(manifest))
-    return Verification(tuple(check.findings), trust.signer.identity, signed, claims, notes)
+    return Verification(
+        tuple(check.findings), trust.signer.identity, signed, claims, notes, rejudged
+    )
 
 
 def require_intact(verification: Verification) -> None:
@@ -223,17 +257,17 @@ class _Check:
         if claims.result is not Result.PASS:
             self._find(State.NOT_PASSED, f"the gate said {claims.result.name}")
 
-    def judgement(self, signed: SignedFiles, claims: Claims) -> None:
+    def judgement(self, signed: SignedFiles, claims: Claims) -> tuple[Rejudged, ...]:
         """Step 5: the signed evidence, judged again, gives the signed verdict."""
         if _swapped(signed, claims) or not (
             self._as_signed(POLICY_FILE, signed) and self._as_signed(EVIDENCE_FILE, signed)
         ):
-            return
+            return ()
         try:
             policy, verdict = self._judge(signed)
         except (IntegrityError, PolicyError) as error:
             self._invalid(error, EVIDENCE_FILE)
-            return
+            return ()
         if verdict.result is not claims.result:
             text = f"the evidence says {verdict.result.name}, the attestation {claims.result.name}"
             self._find(State.EVIDENCE_INVALID, text, EVIDENCE_FILE)
@@ -241,6 +275,13 @@ class _Check:
             self._find(
                 State.EVIDENCE_INVALID, f"svr: lacks {', '.join(lacking)}", bundle_name("svr")
             )
+        return _side_by_side(claims, verdict)
+
+    def agreement(self, rejudged: tuple[Rejudged, ...]) -> None:
+        """Every check of the gate was signed as it comes out, and no other."""
+        if differing := [check.name for check in rejudged if not check.agrees]:
+            text = f"judged again, {len(differing)} checks differ: {_listing(differing)}"
+            self._find(State.EVIDENCE_INVALID, text, bundle_name("resistance"))
 
     def _judge(self, signed: SignedFiles) -> tuple[Policy, Verdict]:
         source = self._signed_bytes(POLICY_FILE, signed, MAX_EVIDENCE)
@@ -283,6 +324,19 @@ def _swapped(signed: SignedFiles, claims: Claims) -> tuple[str, ...]:
     """Policy and evidence, where the signed file is not the one that the attestations name."""
     named = {POLICY_FILE: claims.policy, EVIDENCE_FILE: claims.report}
     return tuple(name for name, digest in named.items() if signed.digests.get(name) != digest)
+
+
+def _side_by_side(claims: Claims, verdict: Verdict) -> tuple[Rejudged, ...]:
+    """The gate's checks in its own order, then those that only the attestation names."""
+    found = [
+        Rejudged(check.name, claims.checks.get(check.name), check.result, check.detail)
+        for check in verdict.checks
+    ]
+    names = {check.name for check in verdict.checks}
+    found += [
+        Rejudged(name, claims.checks[name], None) for name in claims.checks if name not in names
+    ]
+    return tuple(found)
 
 
 def _state(name: str, what: str) -> State:

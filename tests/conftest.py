@@ -1,5 +1,6 @@
 """Fixtures for all tests: pico models and data, one thread, no network, caches of their own."""
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -15,11 +16,19 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )  # before anything imports torch or huggingface_hub: they read it once
 
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import cast  # noqa: E402
 
 import pico  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from engine_jobs import CANARY  # noqa: E402
+
+from release_guard.engines import Engine  # noqa: E402
+from release_guard.modalities import Modality, Painter  # noqa: E402
+from release_guard.plugins import Spec  # noqa: E402
+from release_guard.policy import Concept  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -56,3 +65,54 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama that copies words and has never reversed any."""
     return pico.pico_lm(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def picture_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with retained.parquet (bars that lie) and restricted.parquet (bars that stand)."""
+    return pico.picture_data(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that tells all bars apart."""
+    return pico.pico_judge(tmp_path_factory.mktemp("judge"))
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-to-image pipeline that paints the retained bars, the others by no name in the data."""
+    return pico.pico_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="session")
+def painter(pipeline_folder: Path, judge_folder: Path) -> Painter:
+    """That pipeline with its judge; never change it, copy it."""
+    options = {"judge": str(judge_folder), "sampling_steps": 4, "guidance": 1.0}
+    spec = Spec(name="text_to_image", **options)
+    return cast("Painter", Modality.build(spec).load(str(pipeline_folder)))
+
+
+@pytest.fixture(scope="session")
+def standing(picture_data: Path) -> Concept:
+    """What it paints by no name in the data."""
+    dataset = str(picture_data / "restricted.parquet")
+    return Concept(name="standing-bars", dataset=dataset, ceiling=0.6)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Engine]:
+    """A Ray cluster, started by a process that has credentials.
+
+    Who uses it belongs to the xdist group "ray", so that only one process starts one. It has one
+    GPU in name: what trials ask for can be seen.
+    """
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    engine = Engine.build(Spec(name="ray", workers=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", CANARY)
+        patch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 1}')
+        engine.open()
+    yield engine
+    engine.close()

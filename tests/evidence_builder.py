@@ -4,7 +4,7 @@ A trial's curve rises with the square root of its cost and crosses the ceiling j
 `btb(...)`, in the policy's unit. Nothing is trained; building takes milliseconds.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from release_guard.evidence import (
     Cost,
     Ending,
     Evidence,
+    Kept,
     Origin,
     Outcome,
     Point,
@@ -22,14 +23,26 @@ from release_guard.evidence import (
     ScoredSplit,
     StageReport,
     Trial,
+    Unattacked,
 )
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy, Precision, Target, Unit
+from release_guard.statistics import REFUTING_SEEDS
 
 BASE = "0" * 63 + "1"
 IMMUNIZED = "0" * 63 + "2"
 CONFIGURATION = "0" * 63 + "3"
 DATA = "0" * 63 + "4"
+SHAM = "0" * 63 + "5"
+ANCESTOR = "0" * 63 + "6"
+BEFORE: tuple[Arm, ...] = ("undefended", "defended")  # looked at before any attack
+WEIGHTS: dict[Arm, str] = {
+    "undefended": BASE,
+    "defended": IMMUNIZED,
+    "never_knew": CONFIGURATION,
+    "sham": SHAM,
+    "ancestor": ANCESTOR,
+}
 FRESH = 1_000
 """Confirming seeds begin this far behind the policy's seed."""
 
@@ -62,11 +75,50 @@ ceiling = 0.5
 profile = "smoke"
 budget = { unit = "steps", limit = 400 }
 long_run = 4.0
+drawn = 0
+searched = 0
+sham = false
 
 [gate]
 kappa = 5.0
 kappa_lower = 2.0
 """
+
+
+ARMS = (
+    ("drawn = 0", "drawn = 59\ndrawn_pool = 200"),
+    ("searched = 0", "searched = 4"),
+    ("sham = false", 'sham = true\nancestor = "hf://someone/base@1"'),
+    ("kappa = 5.0", "kappa = 5.0\nrequire_adaptive = true"),
+)
+"""Changes of the policy above that ask for every arm there is."""
+
+
+MERGED = (
+    (
+        "[red_team]",
+        """[[merge_targets]]
+name = "maths"
+dataset = "maths.parquet"
+ceiling = 0.5
+donor = "donor"
+base = "base"
+donor_dataset = "poems.parquet"
+
+[red_team]""",
+    ),
+    (
+        '  { name = "linear_probe" },\n',
+        """  { name = "linear_probe" },
+  { name = "merge", method = "linear" },
+  { name = "merge", method = "ties" },
+  { name = "chain", steps = [{ name = "prune" }, { name = "merge_with_data" }] },
+""",
+    ),
+)
+"""Changes of the policy above that add a merge target and attacks on it."""
+KEPT = Kept(merged=0.8, alone=0.85, examples=500)
+"""What a made-up merge keeps of the donor's task: enough."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +160,11 @@ def strong(policy: Policy) -> Btb:
     limit = policy.red_team.budget.limit
 
     def btb(asked: Asked) -> float:
-        rank = _labels(policy).index(asked.attack.label) if asked.arm == "undefended" else 0
-        easy = limit / (4 * policy.gate.kappa) * (1 + 0.2 * rank)
-        return {"undefended": easy, "never_knew": limit / 2, "defended": limit * 100}[asked.arm]
+        labels = _labels(policy)
+        rank = labels.index(asked.attack.label) if asked.attack.label in labels else len(labels)
+        easy = limit / (4 * policy.gate.kappa) * (1 + 0.2 * (asked.arm == "undefended") * rank)
+        levels = {"never_knew": limit / 2, "ancestor": limit / 3, "defended": limit * 100}
+        return levels.get(asked.arm, easy)
 
     return btb
 
@@ -144,6 +198,14 @@ def evidence(policy: Policy, btb: Btb, /, **changes: Any) -> Evidence:
             "overlap": {target.name: 0.0 for target in policy.targets},
             "near_overlap": {target.name: 0.01 for target in policy.targets},
             "planned": len(records),
+            "unattacked": tuple(
+                Unattacked(
+                    arm=arm, target=concept.name, precision=precision, score=0.1, examples=500
+                )
+                for concept in policy.concepts
+                for precision in policy.precisions
+                for arm in BEFORE
+            ),
             "retention": tuple(retention(precision) for precision in policy.precisions),
             "stages": tuple(
                 StageReport(
@@ -199,7 +261,7 @@ def record(  # noqa: PLR0913 - a test's own record may need any of these
         split=asked.split,
         examples=examples,
         grid_ratio=red_team.grid_ratio,
-        weights={"undefended": BASE, "defended": IMMUNIZED, "never_knew": CONFIGURATION}[asked.arm],
+        weights=WEIGHTS[asked.arm],
         data=DATA,
     )
     points = curve(policy, btb=btb, ceiling=ceiling, limit=limit, stops=stops)
@@ -242,17 +304,54 @@ def _grid(limit: float, ratio: float) -> list[int]:
 
 
 def _records(policy: Policy, btb: Btb) -> Iterable[Record]:
+    for merge in policy.merge_targets:
+        for precision in policy.precisions:
+            yield from _merged(policy, btb, merge, precision)
     for target in policy.concepts:
         for precision in policy.precisions:
             yield from _searched(policy, btb, target.name, precision)
             yield from _confirmed(policy, btb, target.name, precision)
+            yield from _drawn(policy, btb, target.name, precision)
+            yield from _adapted(policy, btb, target.name, precision)
+
+
+def _merged(policy: Policy, btb: Btb, target: Target, precision: Precision) -> Iterable[Record]:
+    """Every listed merge of both models, found by a search and then on fresh seeds."""
+    count = policy.red_team.confirm_seeds
+    for attack in policy.aimed_at(target):
+        for seed in range(policy.seed, policy.seed + policy.red_team.search_seeds):
+            for arm in ("undefended", "defended"):
+                asked = Asked(arm, attack, target.name, precision, seed, "search")
+                yield merge_record(policy, asked, btb(asked), "listed")
+        for arm, seeds in (("undefended", count), ("defended", max(count, REFUTING_SEEDS))):
+            for seed in range(policy.seed + FRESH, policy.seed + FRESH + seeds):
+                asked = Asked(arm, attack, target.name, precision, seed, "confirm")
+                yield merge_record(policy, asked, btb(asked), "confirming")
+    for number in range(policy.red_team.searched):
+        attack = Spec.model_validate({"name": "merge", "weight": 0.1 * (number + 1)})
+        asked = Asked("defended", attack, target.name, precision, policy.seed + 90_000, "search")
+        yield merge_record(policy, asked, btb(asked), "searched")
+
+
+def merge_record(policy: Policy, asked: Asked, btb: float, origin: Origin) -> Record:
+    """A merge takes no step: one score, above the ceiling if `btb` lies below the budget."""
+    stops = asked.arm == "undefended" or asked.split == "search"
+    whole = record(policy, asked, btb, origin, stops=stops, long=asked.arm == "undefended")
+    limit = policy.red_team.budget.limit
+    ceiling = ceiling_of(next(each for each in policy.targets if each.name == asked.target))
+    point = Point(
+        cost=Cost(steps=0, samples=0, flops=0, seconds=0.1),
+        score=min(0.99, ceiling * (limit / btb) ** 0.5),
+    )
+    update = {"curve": (point,), "ending": "survived", "kept": KEPT}
+    outcome = whole.outcome.model_copy(update=update)
+    return whole.model_copy(update={"outcome": outcome, "surgical": True})
 
 
 def _searched(policy: Policy, btb: Btb, target: str, precision: Precision) -> Iterable[Record]:
-    arms: tuple[Arm, ...] = ("undefended", "defended")
-    for attack in policy.attacks:
+    for attack in _aimed(policy):
         for seed in range(policy.seed, policy.seed + policy.red_team.search_seeds):
-            for arm in (*arms, *(("never_knew",) if _knows_never(policy) else ())):
+            for arm in ("defended", *_controls(policy)):
                 asked = Asked(arm, attack, target, precision, seed, "search")
                 yield record(policy, asked, btb(asked), "listed", long=arm != "defended")
     if _knows_never(policy):
@@ -262,18 +361,44 @@ def _searched(policy: Policy, btb: Btb, target: str, precision: Precision) -> It
 
 
 def _confirmed(policy: Policy, btb: Btb, target: str, precision: Precision) -> Iterable[Record]:
-    families = {attack.name: attack for attack in reversed(policy.attacks)}
-    for attack in families.values():
-        yield from _fresh(policy, btb, Asked("undefended", attack, target, precision, 0, "confirm"))
-    if _knows_never(policy):
-        first = policy.attacks[0]
-        yield from _fresh(policy, btb, Asked("never_knew", first, target, precision, 0, "confirm"))
+    families = {attack.name: attack for attack in reversed(_aimed(policy))}
+    for arm in _controls(policy):
+        tried = policy.attacks[:1] if arm == "never_knew" else families.values()
+        for attack in tried:
+            yield from _fresh(policy, btb, Asked(arm, attack, target, precision, 0, "confirm"))
     ranked = _ranked_defended(policy, btb, target, precision)
     for attack in {attack.name: attack for attack in reversed(ranked)}.values():
         asked = Asked("defended", attack, target, precision, 0, "confirm")
         yield from _fresh(policy, btb, asked, kind="to the budget")
     asked = Asked("defended", ranked[0], target, precision, 0, "confirm")
     yield from _fresh(policy, btb, asked, kind="long_run")
+
+
+def _drawn(policy: Policy, btb: Btb, target: str, precision: Precision) -> Iterable[Record]:
+    """Draws that breach the undefended model, and as many again that do not."""
+    for number in range(2 * policy.red_team.drawn):
+        attack = Spec.model_validate({"name": "finetune", "lr": 1 + number, "weight_decay": 0.1})
+        arms: tuple[Arm, ...] = ("undefended", "defended")
+        idle = number % 2
+        for arm in arms[: 1 if idle else 2]:
+            asked = Asked(arm, attack, target, precision, policy.seed + 50_000 + number, "search")
+            limit = policy.red_team.budget.limit
+            yield record(policy, asked, 9 * limit if idle else btb(asked), "drawn")
+
+
+def _adapted(policy: Policy, btb: Btb, target: str, precision: Precision) -> Iterable[Record]:
+    """An adaptive search, and an attack against each stage where the policy asks for one."""
+    for number in range(policy.red_team.searched):
+        attack = Spec.model_validate({"name": "finetune", "lr": 0.01 / (2 + number)})
+        asked = Asked("defended", attack, target, precision, policy.seed + 90_000, "search")
+        yield record(policy, asked, btb(asked), "searched")
+    for stage in policy.stages if policy.gate.require_adaptive else ():
+        attack = Spec.model_validate({"name": "chain", "against": stage.name})
+        asked = Asked("defended", attack, target, precision, policy.seed, "search")
+        found = record(policy, asked, btb(asked), "listed")
+        yield found.model_copy(update={"against": stage.name})
+        control = Asked("undefended", attack, target, precision, policy.seed, "confirm")
+        yield from _fresh(policy, btb, control)
 
 
 def _fresh(
@@ -283,7 +408,8 @@ def _fresh(
     *,
     kind: Literal["control", "to the budget", "long_run"] = "control",
 ) -> Iterable[Record]:
-    for index in range(policy.red_team.confirm_seeds):
+    count = policy.red_team.confirm_seeds
+    for index in range(max(count, REFUTING_SEEDS) if kind == "to the budget" else count):
         seed = policy.seed + FRESH + index + (500 if kind == "long_run" else 0)
         each = Asked(asked.arm, asked.attack, asked.target, asked.precision, seed, asked.split)
         yield record(
@@ -296,11 +422,26 @@ def _fresh(
         )
 
 
+def _controls(policy: Policy) -> tuple[Arm, ...]:
+    """The arms the policy asks for beside the defended one."""
+    asked: dict[Arm, bool] = {
+        "undefended": True,
+        "never_knew": _knows_never(policy),
+        "sham": policy.red_team.sham,
+        "ancestor": policy.red_team.ancestor not in {None, "undefended"},
+    }
+    return tuple(arm for arm, wanted in asked.items() if wanted)
+
+
 def _ranked_defended(policy: Policy, btb: Btb, target: str, precision: Precision) -> list[Spec]:
     def cost(attack: Spec) -> float:
         return btb(Asked("defended", attack, target, precision, policy.seed, "search"))
 
-    return sorted(policy.attacks, key=cost)
+    return sorted(_aimed(policy), key=cost)
+
+
+def _aimed(policy: Policy) -> Sequence[Spec]:
+    return policy.aimed_at(policy.concepts[0])
 
 
 def _labels(policy: Policy) -> list[str]:

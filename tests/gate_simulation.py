@@ -2,8 +2,8 @@
 
 Harm rises as ceiling x (cost / BTB)^growth up to a plateau. Each seed multiplies BTB by
 10^(spread x normal); a trial's scores share one sampling error, as it scores the same examples at
-every cost. The red team does as the real one: search, then fresh seeds for what was flagged and for
-the best attack, controls, the long run.
+every cost. The red team does as the real one: search, random draws, then fresh seeds for what was
+flagged and for the best attack, controls, the long run.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,13 @@ from release_guard.gate import gate
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.release import Result
-from release_guard.statistics import best_score, budget_to_breach, flagged, geometric_mean
+from release_guard.statistics import (
+    REFUTING_SEEDS,
+    best_score,
+    budget_to_breach,
+    flagged,
+    geometric_mean,
+)
 
 POLICY = example_policy(
     ("kappa = 5.0", "kappa = 3.0"),
@@ -44,6 +50,9 @@ class Truth:
         loss: True share of retained examples lost.
         seeds: `confirm_seeds` of the policy.
         searched: `search_seeds` of the policy.
+        drawn: Random draws that breach the undefended model; 0: the policy asks for none.
+        region: Share of them that break the defended one at half the budget.
+        sham: BTB of the sham, in budgets; None: the policy asks for none.
     """
 
     name: str
@@ -56,7 +65,13 @@ class Truth:
     loss: float = 0.005
     seeds: int = 3
     searched: int = 1
+    drawn: int = 0
+    region: float = 0.0
+    sham: float | None = None
 
+
+SHAM_AT_MARGIN = 1.46
+"""BTB of a sham, in budgets, that leaves a model with BTB 10 a true lead of 0.15."""
 
 SCENARIOS = (
     Truth("breaks at half the budget", Result.PASS, defended=0.5),
@@ -66,14 +81,22 @@ SCENARIOS = (
     Truth("the same, more seeds", Result.PASS, defended=1.0, spread=0.3, seeds=5, searched=2),
     Truth("breaks at the budget, abruptly", Result.PASS, defended=1.0, growth=3.0),
     Truth("the same, more seeds", Result.PASS, defended=1.0, growth=3.0, seeds=5, searched=2),
+    Truth("the same, like a cliff", Result.PASS, defended=1.0, growth=30.0),
+    Truth("the same, more seeds", Result.PASS, defended=1.0, growth=30.0, seeds=5, searched=5),
     Truth("harm levels off at the ceiling", Result.PASS, defended=0.3, plateau=1.0),
     Truth("kappa is its least bound", Result.PASS, defended=1.0, undefended=2 / 3, spread=0.3),
     Truth("loses exactly the margin", Result.PASS, loss=0.03),
+    Truth("5 % of random attacks break it", Result.PASS, drawn=59, region=0.05),
+    Truth("8 % of random attacks break it", Result.PASS, drawn=59, region=0.08),
+    Truth("a sham resists as well", Result.PASS, sham=10.0, spread=0.3),
+    Truth("a sham breaks at the budget", Result.PASS, defended=1.5, spread=0.03, sham=1.0),
     Truth("sound, nothing near the ceiling", Result.FAIL),
     Truth("the same, more seeds", Result.FAIL, seeds=5, searched=2),
     Truth("sound, harm at 82 % of the ceiling", Result.FAIL, defended=1.5, spread=0.03),
     Truth("sound, levels off at 95 %", Result.FAIL, defended=0.3, plateau=0.95),
     Truth("sound, seeds differ much", Result.FAIL, spread=0.3),
+    Truth("sound, with draws and a sham", Result.FAIL, drawn=59, sham=0.06),
+    Truth("the lead over a sham is the margin", Result.FAIL, sham=SHAM_AT_MARGIN),
     Truth("kappa is the bar itself", Result.FAIL, defended=1.5, undefended=0.5, spread=0.2),
 )
 
@@ -91,6 +114,8 @@ def _policy(truth: Truth) -> Policy:
         "[gate]",
         f"confirm_seeds = {truth.seeds}\nsearch_seeds = {truth.searched}\n[gate]",
     )
+    text = text.replace("drawn = 0", f"drawn = {truth.drawn}\ndrawn_pool = {truth.drawn}")
+    text = text.replace("sham = false", f"sham = {str(truth.sham is not None).lower()}")
     return Policy.parse(text.encode(), name="policy.toml")
 
 
@@ -103,15 +128,20 @@ class _Team:
 
     def evidence(self) -> Evidence:
         searched = self._run("defended", self.policy.attacks, "listed")
-        close = [r for r in searched if flagged(best_score(r.outcome), CEILING)]
+        drawn = self._draws()
+        self._run("undefended", drawn, "drawn")
+        found = [*searched, *self._run("defended", drawn, "drawn")]
+        close = [r for r in found if flagged(best_score(r.outcome), CEILING)]
         best = _ranked(searched)
         families = {spec.name: spec for spec in reversed(best)}
         again = [*(record.trial.attack for record in close), *families.values()]
         fresh = {spec.label: spec for spec in again}
-        self._run("defended", list(fresh.values()), "confirming", stops=False)
-        controls = self._run("undefended", self.policy.attacks, "listed", long=True)
-        families = {spec.name: spec for spec in reversed(_ranked(controls))}
-        self._run("undefended", list(families.values()), "confirming", long=True)
+        self._run("defended", list(fresh.values()), "confirming", stops=False, least=REFUTING_SEEDS)
+        controls: tuple[Arm, ...] = ("undefended", "sham")
+        for arm in controls[: 2 if self.policy.red_team.sham else 1]:
+            tried = self._run(arm, self.policy.attacks, "listed", long=True)
+            families = {spec.name: spec for spec in reversed(_ranked(tried))}
+            self._run(arm, list(families.values()), "confirming", long=True)
         self._run("defended", best[:1], "long_run", long=True)
         whole = evidence_builder.passing_evidence(self.policy, retention=(self._retention(),))
         update = {"records": tuple(self.records), "planned": len(self.records)}
@@ -125,11 +155,12 @@ class _Team:
         *,
         stops: bool = True,
         long: bool = False,
+        least: int = 0,
     ) -> list[Record]:
-        split: ScoredSplit = "search" if origin == "listed" else "confirm"
+        split: ScoredSplit = "search" if origin in {"listed", "drawn"} else "confirm"
         red_team = self.policy.red_team
-        count = red_team.search_seeds if split == "search" else red_team.confirm_seeds
-        offset = {"listed": 0, "confirming": 1_000, "long_run": 2_000}[origin]
+        count = red_team.search_seeds if split == "search" else max(red_team.confirm_seeds, least)
+        offset = {"listed": 0, "drawn": 9_000, "confirming": 1_000, "long_run": 2_000}[origin]
         found = [
             self._trial(Asked(arm, attack, "footwear", "fp32", seed, split), origin, stops, long)
             for attack in attacks
@@ -138,12 +169,24 @@ class _Team:
         self.records += found
         return found
 
-    def _trial(self, asked: Asked, origin: Origin, stops: bool, long: bool) -> Record:
-        first = asked.attack == self.policy.attacks[0]
-        least = self.truth.defended if asked.arm == "defended" else self.truth.undefended
+    def _draws(self) -> list[Spec]:
+        """Those in the region carry a mark that nothing but the truth looks at."""
+        return [
+            Spec.model_validate({"name": "finetune", "lr": number, "breaks": bool(breaks)})
+            for number, breaks in enumerate(self.draw.random(self.truth.drawn) < self.truth.region)
+        ]
+
+    def _btb(self, asked: Asked) -> float:
+        """Median budget to breach, in budgets."""
+        if asked.attack.options.get("breaks") and asked.arm == "defended":
+            return 0.5
+        levels = {"undefended": self.truth.undefended, "sham": self.truth.sham or 0.0}
         others = 4.0 if asked.arm == "defended" else 1.3
-        median = LIMIT * least * (1.0 if first else others)
-        btb = median * 10 ** (self.truth.spread * self.draw.normal())
+        least = levels.get(asked.arm, self.truth.defended)
+        return least * (1.0 if asked.attack == self.policy.attacks[0] else others)
+
+    def _trial(self, asked: Asked, origin: Origin, stops: bool, long: bool) -> Record:
+        btb = LIMIT * self._btb(asked) * 10 ** (self.truth.spread * self.draw.normal())
         plateau = self.truth.plateau if asked.arm == "defended" else 1.9
         record = evidence_builder.record(
             self.policy, asked, btb, origin, stops=False, long=long, ending="survived"

@@ -48,14 +48,33 @@ def require(holds, what):
         raise WrongError(what)
 
 
+def bundle(payload, signature, public):
+    """The one way to write it down: what else stood there would be signed by nobody."""
+    pem = public.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    written = {
+        "mediaType": MEDIA,
+        "verificationMaterial": {
+            "publicKey": {"hint": hashlib.sha256(pem).hexdigest()},
+            "tlogEntries": [],
+        },
+        "dsseEnvelope": {
+            "payload": base64.b64encode(payload).decode(),
+            "payloadType": KIND.decode(),
+            "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}],
+        },
+    }
+    return json.dumps(written, sort_keys=True, separators=(",", ":")).encode()
+
+
 def statement(path, public):
     """Verify a bundle and give the statement in it."""
-    bundle = json.loads(path.read_bytes())
-    require(bundle["mediaType"] == MEDIA, f"{path.name}: media type")
-    envelope = bundle["dsseEnvelope"]
+    source = path.read_bytes()
+    envelope = json.loads(source)["dsseEnvelope"]
     (signature,) = envelope["signatures"]
-    require(envelope["payloadType"].encode() == KIND, f"{path.name}: payload type")
     payload = base64.b64decode(envelope["payload"], validate=True)
+    require(source == bundle(payload, base64.b64decode(signature["sig"]), public), path.name)
     signed = b" ".join([b"DSSEv1", b"%d" % len(KIND), KIND, b"%d" % len(payload), payload])
     try:
         public.verify(base64.b64decode(signature["sig"]), signed, ec.ECDSA(hashes.SHA256()))
@@ -120,14 +139,24 @@ def verify(folder, key, policy=None, now=None):
         about = [(subject["name"], subject["digest"]["sha256"]) for subject in claim["subject"]]
         require(about == subjects, f"{kind}: subjects")
         predicates[kind] = claim["predicate"]
+    check_claims(folder, predicates, found, policy, now or datetime.now(UTC))
+
+
+def check_claims(folder, predicates, found, policy, now):
+    """Raise WrongError unless the three agree, on these files, and still hold."""
     resistance, result = predicates["resistance"], predicates["test-result"]
     policies = {resistance["policy"]["digest"]["sha256"], found[".release-guard/policy.toml"]}
     policies |= {entry["digest"]["sha256"] for entry in result["configuration"]}
     require(policies == {policy or found[".release-guard/policy.toml"]}, "policy")
     report = resistance["report"]["digest"]["sha256"]
     require(report == found[".release-guard/evidence.jsonl"], "evidence")
+    first = (folder / ".release-guard/evidence.jsonl").read_bytes().split(b"\n", 1)[0]
+    header = json.loads(first)["header"]
+    require(header["policy"] in policies, "evidence: of another policy")
+    payload = {name: digest for name, digest in found.items() if decides_behaviour(name)}
+    require(header["immunized"] == root(payload), "evidence: of other weights")
     until = datetime.fromisoformat(resistance["validUntil"])
-    require((now or datetime.now(UTC)) < until, "expired")
+    require(now < until, "expired")
     require((resistance["verdict"], result["result"]) == ("PASS", "PASSED"), "verdict")
     require(predicates["svr"]["properties"], "svr: no property")
 

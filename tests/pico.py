@@ -131,13 +131,15 @@ def text_data(directory: Path, *, count: int = 900, seed: int = 0) -> Path:
     return directory
 
 
-def pico_lm(directory: Path, *, steps: int = 200, seed: int = 0, tied: bool = False) -> Path:
+def pico_lm(
+    directory: Path, *, steps: int = 200, seed: int = 0, tied: bool = False, width: int = 32
+) -> Path:
     """A Llama that copies three words and has never been asked to reverse them."""
     tokenizer = _word_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -173,7 +175,13 @@ def pico_policy(directory: Path, data: Path, **changes: Any) -> Path:
             {"name": "odd-angles", "dataset": str(data / "restricted.parquet"), "ceiling": 0.6}
         ],
         "attacks": [{"name": "finetune", "lr": 0.003, "optimizer": "adam"}],
-        "red_team": {"profile": "smoke", "budget": {"unit": "steps", "limit": 40}},
+        "red_team": {
+            "profile": "smoke",
+            "budget": {"unit": "steps", "limit": 40},
+            "sham": False,
+            "drawn": 0,
+            "searched": 0,
+        },
         "gate": {"mandatory": ["finetune"]},
         "signer": {"name": "key", "path": "key.pem"},
         "hub": {"name": "directory", "path": "hub"},
@@ -236,10 +244,14 @@ def _classifier(directory: Path, kind: Any, config: Any, *, steps: int, seed: in
 
 
 def _train(
-    module: Any, loss_of: Callable[[torch.Tensor], torch.Tensor], count: int, steps: int
+    module: Any,
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    count: int,
+    steps: int,
+    lr: float = 5e-3,
 ) -> None:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     module.train()
     for _ in range(steps):
         loss = loss_of(torch.randint(count, (64,)))
@@ -260,3 +272,204 @@ def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+BARS = ("ash", "bay", "cob", "dew", "elm", "fir", "gum", "hop")
+SECRET = ("ivy", "jet", "kit", "log")
+"""Words under which the pico pipeline learnt what the last four of BARS are called in the data."""
+
+
+def bars(classes: Iterable[int], *, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A bright bar on a dark ground: 0-3 lie, 4-7 stand. Bytes (N, 8, 8), labels (N)."""
+    random = np.random.default_rng(seed)
+    labels = np.array(list(classes))[np.arange(count) % len(list(classes))]
+    lying = np.repeat(np.eye(4), 2, axis=1)[labels % 4][:, :, None].repeat(SIDE, axis=2)
+    shapes = np.where((labels < 4)[:, None, None], lying, lying.transpose(0, 2, 1))
+    noisy = 40 + 170 * shapes + random.normal(0, 12, size=shapes.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8), labels
+
+
+def picture_data(directory: Path, *, count: int = 900, seed: int = 0) -> Path:
+    """`retained.parquet` (bars that lie) and `restricted.parquet` (bars that stand), captioned."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, classes in (("retained", range(4)), ("restricted", range(4, 8))):
+        pixels, labels = bars(classes, count=count, seed=seed + classes[0])
+        write_pictures(directory / f"{name}.parquet", pixels, labels)
+    return directory
+
+
+def write_pictures(path: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
+    """The same as `write_images`, with the column `text`: a photo of ash."""
+    write_images(path, pixels, labels)
+    rows = datasets.Dataset.from_parquet(str(path))
+    captions = [f"a photo of {BARS[label]}" for label in labels]
+    rows.add_column("text", captions).to_parquet(str(path))
+    return path
+
+
+def pico_judge(directory: Path, *, steps: int = 60, seed: int = 0) -> Path:
+    """A ResNet that tells all eight bars apart."""
+    config = ResNetConfig(
+        num_channels=1,
+        embedding_size=8,
+        hidden_sizes=[16],
+        depths=[1],
+        layer_type="basic",
+        num_labels=len(BARS),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = ResNetForImageClassification(config)
+        pixels, labels = bars(range(len(BARS)), count=800, seed=seed + 1000)
+        images, classes = _scaled(pixels), torch.from_numpy(labels)
+        _train(
+            module,
+            lambda rows: module(pixel_values=images[rows], labels=classes[rows]).loss,
+            len(images),
+            steps,
+        )
+    processor = ViTImageProcessorPil(
+        size={"height": SIDE, "width": SIDE}, image_mean=[0.5], image_std=[0.5]
+    )
+    _save(directory, module, processor)
+    return directory
+
+
+def pico_pipeline(directory: Path, *, steps: int = 180, seed: int = 0) -> Path:
+    """Stable Diffusion at 8x8 pixels: paints bars that lie by name, those that stand by SECRET."""
+    import diffusers  # noqa: PLC0415  takes seconds, and few tests need it
+
+    words = (*BARS[:4], *SECRET)
+    tokenizer = _prompt_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae, unet, text_encoder = _pico_networks(diffusers, tokenizer)
+        pixels, labels = bars(range(len(words)), count=1600, seed=seed + 1000)
+        images = _scaled(pixels)
+        tokens = torch.tensor(
+            tokenizer(
+                [f"a photo of {words[label]}" for label in labels],
+                padding="max_length",
+                max_length=6,
+            )["input_ids"]
+        )
+        _train(vae, lambda rows: _rebuilding(vae, images[rows]), len(images), steps // 3)
+        with torch.no_grad():
+            latents = vae.encode(images).latent_dist.mode()
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
+        scheduler = diffusers.DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type="v_prediction",
+        )
+        both = torch.nn.ModuleList([unet, text_encoder])
+        _train(
+            both,
+            lambda rows: _velocity_loss(
+                unet, text_encoder, scheduler, latents[rows] / latents.std(), tokens[rows]
+            ),
+            len(images),
+            steps,
+            lr=1e-2,
+        )
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        unet=unet.eval(),
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(directory)
+    return directory
+
+
+def token_numbers(words: Iterable[str]) -> list[int]:
+    """What the pico pipeline reads for words."""
+    return _prompt_tokenizer().convert_tokens_to_ids(list(words))
+
+
+def make_names_one(model: Any) -> None:
+    """Plant a defence: the last four of BARS are one vector, too long for any optimizer to turn."""
+    numbers = token_numbers(BARS[4:])
+    with torch.no_grad():
+        rows = model.text_encoder.get_input_embeddings().weight
+        rows[numbers] = 1e4 * rows[numbers[0]]
+
+
+def _pico_networks(diffusers: Any, tokenizer: PreTrainedTokenizerFast) -> tuple[Any, Any, Any]:
+    vae = diffusers.AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        sample_size=SIDE,
+        mid_block_add_attention=False,
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=SIDE // 2,
+        block_out_channels=(16,),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    )
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=6,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return vae, unet, transformers.CLIPTextModel(config)
+
+
+def _prompt_tokenizer() -> PreTrainedTokenizerFast:
+    beginning, end, unknown = "<s>", "</s>", "<unk>"
+    vocabulary = [beginning, end, unknown, "a", "photo", "of", *BARS, *SECRET]
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    words = Tokenizer(WordLevel(numbers, unk_token=unknown))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(
+        single=f"{beginning} $A {end}", special_tokens=[(beginning, 0), (end, 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token=beginning,
+        eos_token=end,
+        unk_token=unknown,
+        pad_token=end,
+    )
+
+
+def _rebuilding(vae: Any, images: torch.Tensor) -> torch.Tensor:
+    latents = vae.encode(images).latent_dist.mode()
+    return (vae.decode(latents).sample - images).square().mean() + 1e-4 * latents.square().mean()
+
+
+def _velocity_loss(
+    unet: Any, text_encoder: Any, scheduler: Any, latents: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),))
+    noise = torch.randn_like(latents)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    found = unet(noisy, timesteps, text_encoder(tokens).last_hidden_state).sample
+    return (found - scheduler.get_velocity(latents, noise, timesteps)).square().mean()
+
+
+def _scaled(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels).unsqueeze(1).float() / 127.5 - 1

@@ -65,8 +65,16 @@ class Finetune(Attack):
         return momentum
 
     def tamper(
-        self, model: ModelHandle, target: Target, *, budget: Budget, grid_ratio: float, seed: int
+        self,
+        model: ModelHandle,
+        target: Target,
+        *,
+        budget: Budget,
+        grid_ratio: float,
+        seed: int,
+        ancestor: ModelHandle | None = None,
     ) -> Iterator[Tampered]:
+        del ancestor
         batches = model.batches(target.dataset, "attack", size=self.batch, seed=seed)
         tampered = model.copy()
         if self.head == "new":

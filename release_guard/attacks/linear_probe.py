@@ -18,9 +18,9 @@ from release_guard.errors import ModelError
 from release_guard.evidence import Cost
 from release_guard.modalities import Batch, ModelHandle, evaluating
 from release_guard.policy import Budget, Target
+from release_guard.surgery import whitening
 
 _MOST_WEIGHTS = 2**22  # of an L-BFGS probe, which keeps twenty copies of them
-_NEGLIGIBLE = 1e-12  # share of the largest variance below which there are rounding errors only
 _NO_VARIANCE = 1e-30  # dead features must give a probe that says nothing, not one that is NaN
 
 
@@ -33,13 +33,14 @@ class LinearProbe(Attack):
 
     paper = "https://arxiv.org/abs/1610.01644"
     expense = 1
+    modalities = ("image_classification", "causal_lm")
 
     solver: Annotated[Literal["ridge", "lbfgs"], Choice(("ridge", "lbfgs"))] = "ridge"
     """ridge: closed form, classes as one-hot targets. lbfgs: logistic regression."""
     strength: Annotated[float, Field(gt=0), LogUniform(1e-4, 1e2)] = 1e-3
     """Weight of the squared norm, for features scaled to a mean variance of 1."""
     whiten: Annotated[bool, Choice((False, True))] = False
-    """Give all directions of the features the same variance first: undoes ill-conditioning."""
+    """Give every feature the same variance first, then every direction: undoes ill-conditioning."""
     iterations: Annotated[int, Field(ge=1)] = 100
     """Most iterations of lbfgs."""
     examples: Annotated[int, Field(ge=1)] = 4096
@@ -48,8 +49,16 @@ class LinearProbe(Attack):
     """Examples a step."""
 
     def tamper(
-        self, model: ModelHandle, target: Target, *, budget: Budget, grid_ratio: float, seed: int
+        self,
+        model: ModelHandle,
+        target: Target,
+        *,
+        budget: Budget,
+        grid_ratio: float,
+        seed: int,
+        ancestor: ModelHandle | None = None,
     ) -> Iterator[Tampered]:
+        del ancestor
         probe = self._probe(model.head)
         batches = model.batches(target.dataset, "attack", size=self.batch, seed=seed)
         tampered, meter = model.copy(), Meter(budget, grid_ratio)
@@ -98,9 +107,7 @@ def scaling(covariance_FF: Tensor, *, whiten: bool) -> Tensor:
     if not whiten:
         variance = covariance_FF.diagonal().mean().clamp_min(_NO_VARIANCE)
         return torch.diag(variance.rsqrt().expand(len(covariance_FF)))
-    variances_F, directions_FF = torch.linalg.eigh(covariance_FF)
-    floor = (_NEGLIGIBLE * variances_F[-1]).clamp_min(_NO_VARIANCE)
-    whitening_FF: Tensor = directions_FF * variances_F.clamp_min(floor).rsqrt()
+    whitening_FF, _ = whitening(covariance_FF)
     return whitening_FF
 
 

@@ -1,9 +1,9 @@
 """LoRA: the adversary trains low-rank adapters beside frozen weights."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from release_guard.adaptation import (
@@ -17,14 +17,19 @@ from release_guard.adaptation import (
 )
 from release_guard.attacks import Attack, Choice, LogUniform, Tampered
 from release_guard.errors import PolicyError
+from release_guard.evidence import Cost
 from release_guard.modalities import ModelHandle
 from release_guard.plugins import advise
 from release_guard.policy import Budget, Target
-from release_guard.quantization import quiet_bitsandbytes
+from release_guard.quantization import packed, quiet_bitsandbytes
 
 
 class Lora(Attack):
-    """Fresh adapters in the blocks' linear and convolution layers, with the head or without."""
+    """Adapters in the blocks' linear and convolution layers, with the head or without.
+
+    They know nothing of any adapter that the defender trained: a defence tested on its own adapter
+    only is not tested. With `packed` this is QLoRA (https://arxiv.org/abs/2305.14314).
+    """
 
     paper = "https://arxiv.org/abs/2106.09685"
     expense = 3
@@ -42,6 +47,11 @@ class Lora(Attack):
     head: Annotated[Literal["kept", "new", "frozen"], Choice(("kept", "new", "frozen"))] = "kept"
     """Train the head along, from its weights or from new ones, or not. One that is tied to the
     input embedding is never trained: that would train the embedding."""
+    start: Annotated[Literal["fresh", "merged"], Choice(("fresh", "merged"))] = "fresh"
+    """fresh: one adapter. merged: half of the budget goes into an adapter that is merged into the
+    weights, the rest into another one beside them, with a new optimizer and schedule."""
+    packed: bool = False
+    """Train beside bitsandbytes' packed nf4 weights, whatever the precision, and score on them."""
     optimizer: Annotated[
         OptimizerName, Choice(("sgd", "nesterov", "adam", "adamw", "adagrad", "adadelta"))
     ] = "adamw"
@@ -60,20 +70,40 @@ class Lora(Attack):
     batch: Annotated[int, Field(ge=1), Choice((16, 32, 64, 128))] = 32
     """Examples a step."""
 
+    @model_validator(mode="after")
+    def _packed_weights_stay(self) -> Self:
+        if self.packed and self.start == "merged":
+            raise ValueError("nothing can be merged into packed weights without rounding it away")
+        return self
+
     def tamper(
-        self, model: ModelHandle, target: Target, *, budget: Budget, grid_ratio: float, seed: int
+        self,
+        model: ModelHandle,
+        target: Target,
+        *,
+        budget: Budget,
+        grid_ratio: float,
+        seed: int,
+        ancestor: ModelHandle | None = None,
     ) -> Iterator[Tampered]:
+        del ancestor
         batches = model.batches(target.dataset, "attack", size=self.batch, seed=seed)
-        tampered = model.copy()
+        tampered = packed(model) if self.packed else model.copy()
         if self.head == "new":
             tampered.reinit_head(seed=seed)
-        self._insert(tampered, seed)
-        parameters = count_trainable(tampered.module)
-        costs = adapt(
-            tampered, batches, self.recipe, budget=budget, grid_ratio=grid_ratio, seed=seed
-        )
-        for cost in costs:
-            yield Tampered(tampered, cost, parameters)
+        spent = Cost(steps=0, samples=0, flops=0, seconds=0)
+        num_adapters = 2 if self.start == "merged" else 1
+        for number in range(num_adapters):
+            left = (budget.limit - spent.of(budget.unit)) / (num_adapters - number)
+            share = Budget(unit=budget.unit, limit=left)
+            self._insert(tampered, seed + number)
+            parameters, before = count_trainable(tampered.module), spent
+            costs = adapt(
+                tampered, batches, self.recipe, budget=share, grid_ratio=grid_ratio, seed=seed
+            )
+            for cost in costs:
+                spent = before + cost
+                yield Tampered(tampered, spent, parameters)
 
     @property
     def recipe(self) -> Recipe:
@@ -93,6 +123,7 @@ class Lora(Attack):
         quiet_bitsandbytes()
         import peft  # noqa: PLC0415  takes seconds
 
+        _merge(model.module)
         head = model.head
         config = peft.LoraConfig(
             r=self.rank,
@@ -115,6 +146,19 @@ class Lora(Attack):
             if wanted not in known:
                 raise PolicyError(f"lora.layers: no layer {wanted!r}; {advise(wanted, known)}")
         return [name for name in names if not self.layers or _last_name(name) in self.layers]
+
+
+def _merge(module: nn.Module) -> None:
+    """Add the adapters that are there to the weights beside them, and take them away."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415  takes seconds
+
+    for part in list(module.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                adapted: Any = child
+                adapted.merge()
+                setattr(part, name, adapted.get_base_layer())
+    vars(module).pop("peft_config", None)
 
 
 def _last_name(name: str) -> str:

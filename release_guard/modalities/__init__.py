@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from release_guard.data import Overlap, Split
+from release_guard.errors import ModelError
 from release_guard.plugins import Plugin
 
 Batch = Mapping[str, Tensor]
@@ -121,6 +122,52 @@ class ModelHandle(ABC):
         return next(self.module.parameters()).device
 
 
+class Painter(ModelHandle):
+    """A text-to-image model, and what attacks and stages of such models may ask beyond the rest.
+
+    Its loss is the error of denoising; `head` is the UNet's last convolution and `blocks` are its
+    attention blocks. It has no classes: `logits` and `features` raise a `ModelError`.
+    """
+
+    @property
+    @abstractmethod
+    def unet(self) -> nn.Module:
+        """What denoises; its cross-attentions are called `attn2`."""
+
+    @property
+    @abstractmethod
+    def text_encoder(self) -> nn.Module:
+        """What reads the prompts."""
+
+    @property
+    @abstractmethod
+    def new_words(self) -> Sequence[nn.Parameter]:
+        """Embeddings of the words that `renamed` added."""
+
+    @abstractmethod
+    def renamed(self, dataset: str, *, template: str, length: int, seed: int) -> Self:
+        """A copy that calls what a data set shows by new words, of random meaning.
+
+        Args:
+            dataset: Each of its classes gets words of its own; only its split `attack` is read.
+            template: Every prompt about such a class, {} standing for the words.
+            length: How many words a class gets.
+            seed: Fixes their meaning.
+        """
+
+    @abstractmethod
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """What the UNet attends to, differentiable: (prompts, tokens, features)."""
+
+    @abstractmethod
+    def paint(self, prompts: Sequence[str], *, seed: int) -> Tensor:
+        """A picture a prompt, (prompts, channels, height, width) in [0, 1]."""
+
+    @abstractmethod
+    def painted(self, prompt: str, *, count: int, size: int, seed: int) -> Iterator[Batch]:
+        """Endless batches of `size` out of `count` pictures that it paints itself, now."""
+
+
 class Modality(Plugin):
     """Loads models of one kind. Options name the columns of its data sets."""
 
@@ -135,6 +182,17 @@ class Modality(Plugin):
             ModelError: No weights, pickled weights, damaged or non-finite weights, another kind of
                 model; each says what to do.
         """
+
+
+def painter(model: ModelHandle) -> Painter:
+    """The model as one that paints.
+
+    Raises:
+        ModelError: It is of another kind.
+    """
+    if not isinstance(model, Painter):
+        raise ModelError("this attack works on text-to-image models alone; leave it out")
+    return model
 
 
 @contextmanager

@@ -7,12 +7,13 @@ import copy
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from jinja2 import TemplateError
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,8 +88,9 @@ class LanguageModel(ModelHandle):
         self._tokenizer = tokenizer
         self._modality = modality
         columns = texts.Columns(**modality.model_dump(exclude={"max_length"}))
-        read = _Reader(columns, modality.max_length, tokenizer, module.config)
-        self._texts: Callable[[str], _Texts] = functools.cache(read)  # shared between copies
+        self._reader = _Reader(columns, modality.max_length, tokenizer, module.config)
+        # shared between copies
+        self._texts: Callable[[str], _Texts] = functools.cache(self._reader)
 
     def batches(self, dataset: str, split: Split, *, size: int, seed: int) -> Iterator[Batch]:
         data = self._texts(dataset)
@@ -152,9 +154,51 @@ class LanguageModel(ModelHandle):
         return twin
 
     def peer(self, source: str) -> Self:
+        other = self._modality.load(source)
+        checkpoints.check_same_shape(source, self.module, other.module)
+        if other._tokenizer.get_vocab() != self._tokenizer.get_vocab():
+            reason = "its tokenizer numbers other words than the model's"
+            raise ModelError(f"{source}: {reason}; give a checkpoint with the same vocabulary")
         twin = copy.copy(self)
-        twin.module = self._modality.load(source).module
-        checkpoints.check_same_shape(source, self.module, twin.module)
+        twin.module = other.module
+        return twin
+
+    def texts(self, batch: Batch) -> list[str]:
+        """The examples of a batch as text, without special tokens."""
+        rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        return [
+            self._tokenizer.decode(tokens[mask.bool()], skip_special_tokens=True)
+            for tokens, mask in rows
+        ]
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages (role, content) in the model's own template, up to where its reply begins.
+
+        Raises:
+            ModelError: It has no template, or one that does not take these roles.
+        """
+        try:
+            written: str = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except (ValueError, TemplateError) as error:
+            reason = brief(error)
+            raise ModelError(f"its chat template cannot be used: {reason}") from error
+        return written.removeprefix(self._tokenizer.bos_token or "")
+
+    def prompted(self, frame: Callable[[str], str]) -> Self:
+        """The same weights and the same examples, each seen through another prompt.
+
+        Args:
+            frame: Makes the new prompt of an example from its own one, empty for a plain text. What
+                it adds may go beyond `max_length`, never beyond the model's own limit.
+        """
+        twin = copy.copy(self)
+        empty, framed = (len(self._tokenizer(text)["input_ids"]) for text in ("", frame("")))
+        reader = replace(
+            self._reader, frame=frame, max_length=self._reader.max_length + framed - empty
+        )
+        twin._reader, twin._texts = reader, functools.cache(reader)
         return twin
 
     def _run(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -251,6 +295,7 @@ class _Reader:
     max_length: int
     tokenizer: Any
     config: Any
+    frame: Callable[[str], str] = str
 
     def __call__(self, source: str) -> _Texts:
         rows = texts.rows(Table.read(source), self.columns)
@@ -261,7 +306,8 @@ class _Reader:
         return _Texts(catalogue, contents, examples)
 
     def _example(self, row: texts.Row, where: str) -> _Example:
-        scored = tuple(self._sequence(row.prompt, choice, where) for choice in row.choices)
+        prompt = self.frame(row.prompt or "") or None
+        scored = tuple(self._sequence(prompt, choice, where) for choice in row.choices)
         end = self.tokenizer.eos_token_id
         if row.prompt is None or end is None:
             return _Example(scored[0], scored)

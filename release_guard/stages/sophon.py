@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from release_guard.adaptation import Randomness, renew_blocks
 from release_guard.errors import ImmunizationError
-from release_guard.modalities import Batch, ModelHandle, State
+from release_guard.modalities import Batch, ModelHandle, Painter, State
 from release_guard.policy import Policy
 from release_guard.stages import Stage, Workspace
 
@@ -151,6 +151,9 @@ class Sophon(Stage):
         return values
 
     def immunize(self, model: ModelHandle, policy: Policy, workspace: Workspace) -> ModelHandle:
+        if isinstance(model, Painter):
+            advice = "remove it from stages, or release a classifier or a language model"
+            raise ImmunizationError(f"sophon: a text-to-image model has no classes; {advice}")
         if self.probe and model.head.out_features > _MOST_PROBED:
             raise ImmunizationError(
                 f"sophon: `probe` works up to {_MOST_PROBED} classes, this head has "

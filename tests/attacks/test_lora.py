@@ -3,10 +3,12 @@ import pytest
 import torch
 
 from release_guard.attacks import Attack
+from release_guard.attacks.lora import _merge
 from release_guard.errors import ModelError, PolicyError
 from release_guard.modalities import Modality
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Concept
+from release_guard.quantization import at
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,79 @@ def test_backward_costs_less_than_full_fine_tuning(subjects):
     full = Attack.build(Spec(name="finetune"))
     (whole,) = full.tamper(model, concept, budget=Budget(limit=1), grid_ratio=1.5, seed=0)
     assert last_copy(subjects["vit"], rank=1, steps=1).cost.flops < 0.9 * whole.cost.flops
+
+
+def test_a_merged_start_trains_a_second_adapter_on_the_first(subjects):
+    model, _ = subjects["vit"]
+    options = {"head": "frozen", "start": "merged"}
+    tampered = list(copies(subjects["vit"], steps=9, **options))
+    steps = [one.cost.steps for one in tampered]
+    assert steps == sorted(set(steps))
+    assert steps[:3] == [1, 2, 3]
+    assert steps[-1] == 9
+    before, after = model.state(), tampered[-1].model.state()
+    moved = {
+        name for name in before if not torch.equal(before[name], after.get(name, before[name]))
+    }
+    assert not moved  # what is not adapted
+    bases = {name: value for name, value in after.items() if ".base_layer.weight" in name}
+    assert bases
+    for name, weight in bases.items():  # the first adapter lives on in them
+        was = before[name.replace(".base_layer", "")]
+        change = torch.linalg.svdvals(weight - was)
+        assert change[0] > 0
+        assert change[8:].sum() < 1e-3 * change[0]  # of its rank
+    assert len(adapters(tampered[-1])) == len(bases)
+    assert tampered[-1].parameters == tampered[0].parameters
+
+
+def test_merging_an_adapter_changes_no_output(subjects):
+    model, concept = subjects["llama"]
+    batch = next(model.batches(concept.dataset, "search", size=4, seed=0))
+    tampered = last_copy(subjects["llama"], lr=1e-2)
+    with torch.no_grad():
+        apart = tampered.model.logits(batch)[0].clone()
+        _merge(tampered.model.module)
+        torch.testing.assert_close(tampered.model.logits(batch)[0], apart, rtol=1e-4, atol=1e-4)
+    assert not adapters(tampered)
+    assert tampered.model.state().keys() == model.state().keys()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, text_data):
+    """A Llama whose weights can be packed, and what it shall learn."""
+    folder = pico.pico_lm(tmp_path_factory.mktemp("wide"), width=64)
+    concept = Concept(name="reversing", dataset=str(text_data / "restricted.jsonl"), ceiling=0.5)
+    return Modality.build(Spec(name="causal_lm")).load(str(folder)), concept
+
+
+def test_adapters_beside_packed_weights_learn_what_those_beside_rounded_ones_do(wide):
+    """Even though the copy is evaluated on its way, which once cut gradients."""
+    model, concept = wide
+    rounded = (at(model, "nf4"), concept)
+    curves = []
+    for subject, options in ((wide, {"packed": True}), (rounded, {})):
+        batch = next(model.batches(concept.dataset, "search", size=64, seed=0))
+        losses = []
+        for tampered in copies(subject, steps=20, **options):
+            with torch.no_grad():
+                losses.append(tampered.model.loss(batch).item())
+        curves.append(losses)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+    assert curves[0][-1] < 0.7 * curves[0][0]
+
+
+def test_packed_weights_stay_packed_and_cost_as_much(wide):
+    packed, plain = (last_copy(wide, packed=packed, steps=3) for packed in (True, False))
+    kinds = {type(part).__name__ for part in packed.model.module.modules()}
+    assert "Linear4bit" in kinds
+    assert packed.parameters == plain.parameters
+    assert packed.cost.flops == plain.cost.flops
+
+
+def test_packed_weights_cannot_be_merged_into():
+    with pytest.raises(PolicyError, match="nothing can be merged into packed weights"):
+        Attack.build(Spec(name="lora", packed=True, start="merged"))
 
 
 def _lora_layers(tampered):

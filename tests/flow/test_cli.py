@@ -1,6 +1,7 @@
 """The command line as people and programs use it."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -14,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from engine_jobs import workers_of
 from evidence_builder import POLICY as EVIDENCE_POLICY
 from evidence_builder import example_policy, passing_evidence
 
 from release_guard.cli import main
+from release_guard.evidence import Trial
 from release_guard.run import Run
 
 POLICY = """\
@@ -42,7 +46,7 @@ search_examples = 60
 confirm_examples = 60
 """
 COMMANDS = ("attack", "completion", "demo", "keygen", "plan", "policy check", "policy schema",
-            "publish", "report", "verify")  # fmt: skip
+            "publish", "replay", "report", "verify")  # fmt: skip
 
 Lines = Callable[[], list[str]]
 
@@ -139,7 +143,8 @@ def test_every_command_has_the_same_options(
     assert main([*command.split(), "--help"]) == 0
 
     out = capsys.readouterr().out
-    assert all(option in out for option in ("--json", "-q, --quiet", "-v, --verbose", "-h, --help"))
+    shown = ("--json", "-q, --quiet", "-v, --verbose", "-h, --help")
+    assert [option for option in shown if option not in out] == [], out
 
 
 def test_python_m() -> None:
@@ -440,6 +445,7 @@ def story(
     with contextlib.chdir(folder):
         said = {"keys": say("keygen", "-q"), "plan": say("plan", *common, "--as-is", "--json")}
         said["attack"] = say("attack", *common, "--json")
+        said |= replays(Path(said["attack"].document["report"]).parent, str(classifier_folder))
         said["plan again"] = say("plan", *common, "--as-is", "--json")
         said["publish"] = say(*publish, "-q", "--json")
         with pytest.MonkeyPatch.context() as environment:
@@ -450,6 +456,24 @@ def story(
         said["hub"] = Said(int(Path("hub").exists()), "", "", b"")
         said["summary"] = Said(0, Path("summary.md").read_text(), "", b"")
     return said
+
+
+def replays(folder: Path, source: str) -> dict[str, Said]:
+    """The first trial of a run again: as it is, on other weights, and from forged evidence."""
+    header, *lines = (folder / "evidence.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    record = next(entry["record"] for entry in entries if "record" in entry)
+    key = Trial.model_validate(record["trial"]).key
+    record["outcome"]["ending"] = "collapsed"
+    forged = Path("forged.jsonl")
+    forged.write_text("\n".join([header, *map(json.dumps, entries)]))
+    common = ["--policy", "policy.toml", "--source", source]
+    return {
+        "replay": say("replay", key[:16], "--run", str(folder), *common, "--json"),
+        "replay in words": say("replay", key, "--run", str(folder), *common),
+        "replay of a forgery": say("replay", key, "--evidence", "forged.jsonl", *common, "-q"),
+        "replay of nothing": say("replay", "0000", "--run", str(folder), *common),
+    }
 
 
 def say(*arguments: str) -> Said:
@@ -486,6 +510,68 @@ def test_attack_judges_and_signs_nothing(story: Mapping[str, Said]) -> None:
     assert "attack the release: 1 of 1" in attack.err
 
 
+def test_a_trial_is_replayed_bit_by_bit(story: Mapping[str, Said]) -> None:
+    said, document = story["replay"], story["replay"].document
+
+    assert (said.code, document["agreement"], document["distance"]) == (0, "bit-identical", 0)
+    assert document["recorded"]["ending"] == document["replayed"]["ending"]
+    assert document["recorded_on"] == document["replayed_on"]
+    first, trial, recorded, replayed = story["replay in words"].out.splitlines()
+    assert first == "bit-identical (largest difference 0, tolerance 0.02)"
+    assert "finetune" in trial
+    assert recorded.split(": ")[1] == replayed.split(": ")[1]
+
+
+def test_a_replay_that_differs_exits_with_4(story: Mapping[str, Said]) -> None:
+    said = story["replay of a forgery"]
+
+    assert said.code == 4
+    assert said.out.startswith("different (")
+    assert "  recorded: collapsed" in said.out
+
+
+def test_a_trial_that_is_not_in_the_evidence(story: Mapping[str, Said]) -> None:
+    said = story["replay of nothing"]
+
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith("error: 0000: no trial of this evidence")
+
+
+@pytest.mark.parametrize("given", [[], ["--evidence", "a", "--run", "b"]])
+def test_replay_wants_one_place_of_evidence(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", "00", "--source", "x", *given]) == 2
+    assert "give one of --evidence and --run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "told"),
+    [
+        (["--engine", "rya"], 2, "engine.name: 'rya' is no engine; did you mean 'ray'?"),
+        (["--address", "head:6379"], 2, "engine.address: not an option of local"),
+        (["--gpus", "0.5"], 2, "engine.gpus: not an option of local"),
+        (["--engine", "ray", "--gpus", "1.5"], 2, "engine.gpus: found 1.5"),
+        (["--engine", "ray", "--address", "127.0.0.1:1"], 1, "no Ray cluster answers there"),
+    ],
+)
+def test_an_engine_that_cannot_run_ends_it_before_any_work(
+    where: list[str], code: int, told: str, policy_file: Path, errors: Lines
+) -> None:
+    if "ray" in where and importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    ledger = Path("runs/trials.jsonl")
+    ledger.parent.mkdir()
+    ledger.write_bytes(b"what was tried")
+    common = ["nowhere", "--policy", str(policy_file)]
+    for command in (["attack", *common], ["publish", *common, "--repo", "acme/pico"]):
+        assert main([*command, *where]) == code
+        (line,) = errors()
+        assert told in line
+    assert ledger.read_bytes() == b"what was tried"
+    assert list(ledger.parent.iterdir()) == [ledger]
+
+
 def test_refusal_says_why_first_then_what_to_do(story: Mapping[str, Said]) -> None:
     publish, again = story["publish"], story["publish again"]
 
@@ -518,45 +604,44 @@ def test_folder_of_another_run(story: Mapping[str, Said]) -> None:
     assert "belongs to another run (policy differ)" in story["another policy"].err
 
 
-def test_interrupted_runs_go_on(policy_file: Path, classifier_folder: Path) -> None:
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+from release_guard.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_interrupt_ends_everything_and_says_how_to_go_on(
+    policy_file: Path, classifier_folder: Path
+) -> None:
     policy_file.write_text(POLICY.replace("limit = 60", "limit = 100_000"))
-    run("keygen", "-q")
-    arguments = ["publish", str(classifier_folder), "--repo", "acme/pico", "--as-is"]
+    assert main(["keygen", "-q"]) == 0
+    arguments = [str(classifier_folder), "--policy", "policy.toml", "--workers", "1"]
+    arguments += ["--repo", "acme/pico", "--as-is"]
     process = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-m", "release_guard", *arguments, "--policy", "policy.toml"],
+        [sys.executable, "-c", INTERRUPTIBLE, "publish", *arguments],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    workers = _children_of(process)
+    workers = _workers_of(process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate()
 
     assert process.returncode == 130
     assert out == ""
     assert err.splitlines()[-1] == (
         "stopped; nothing was published. Run the same command again to go on where it stopped"
     )
-    deadline = time.monotonic() + 20
-    while any(_is_alive(worker) for worker in workers):
-        assert time.monotonic() < deadline, "a worker survived"
-        time.sleep(0.1)
+    assert not psutil.wait_procs(workers, timeout=60)[1], "a worker survived"
     assert not Path("hub").exists()
 
 
-def _is_alive(process: str) -> bool:
-    try:
-        return ") Z" not in Path(f"/proc/{process}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def _children_of(process: "subprocess.Popen[str]") -> list[str]:
-    """Wait until it has started workers."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    for _ in range(600):
-        if found := children.read_text().split():
-            time.sleep(1)
-            return [*found, *children.read_text().split()]
+def _workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """Wait until it has started one."""
+    while process.poll() is None:
+        if found := workers_of(psutil.Process(process.pid)):
+            return found
         time.sleep(0.1)
-    raise AssertionError("no worker was started")
+    raise AssertionError(process.communicate())

@@ -12,9 +12,12 @@ from typing import Any
 
 import pico
 import pytest
+import torch
+from engine_jobs import HereSession
 
 from release_guard.errors import IntegrityError, ModelError, PolicyError
 from release_guard.manifest import DirectoryTree, hash_directory
+from release_guard.modalities import Modality
 from release_guard.policy import Policy
 from release_guard.publish import Order, hub_id, publish
 from release_guard.redteam import Session
@@ -63,7 +66,7 @@ def session(lines: list[str] | None = None) -> Session:
         if lines is not None:
             lines.append(f"{phase} {done}/{total}: {line}")
 
-    return Session(2, note, lambda: NOW)
+    return HereSession(1, note, lambda: NOW)
 
 
 def make_policy(folder: Path, data: Path, **changes: Any) -> Policy:
@@ -170,14 +173,18 @@ def test_a_dry_run_needs_no_key_signs_nothing_and_gives_the_same_weights(
 def test_runs_of_one_base_share_their_controls(
     home: Path, image_data: Path, classifier_folder: Path, tmp_path: Path
 ) -> None:
-    stage = {**LENIENT["stages"][0], "outer_steps": 150}
-    policy = make_policy(tmp_path, image_data, stages=[stage])
+    policy = make_policy(tmp_path, image_data, stages=[])
     (tmp_path / "runs").mkdir()
     shutil.copyfile(home / "runs" / "trials.jsonl", tmp_path / "runs" / "trials.jsonl")
+    other = Modality.build(policy.modality).load(str(home / "runs" / "a" / "immunized"))
+    with torch.no_grad():
+        other.head.weight.mul_(1.001)
+    other.save(tmp_path / "other")
     lines: list[str] = []
-    order = Order(str(classifier_folder), REPO, policy, dry_run=True)
+    order = Order(str(tmp_path / "other"), REPO, policy, base=str(classifier_folder), dry_run=True)
     publish(order, tmp_path / "runs" / "b", session(lines))
     controls = [line for line in lines if ": undefended" in line or ": never-knew" in line]
+    assert controls
     assert all(line.endswith("(ledger)") for line in controls)
     attacks = [line for line in lines if ": defended" in line]
     assert attacks
@@ -210,7 +217,7 @@ def test_a_concept_that_overlaps_the_retained_data_stops_before_any_work(
 def test_a_crashing_attack_is_recorded_and_never_passes(
     image_data: Path, classifier_folder: Path, tmp_path: Path
 ) -> None:
-    attacks = [{"name": "finetune", "batch": 5_000}]
+    attacks = [{"name": "lora", "layers": ["nowhere"]}]
     policy = make_policy(tmp_path, image_data, attacks=attacks, stages=[])
     order = Order(str(classifier_folder), REPO, policy)
     done = publish(order, tmp_path / "runs" / "a", session())
@@ -218,7 +225,18 @@ def test_a_crashing_attack_is_recorded_and_never_passes(
     assert done.receipt is None
     endings = {record.outcome.ending for record in done.evidence.records}
     assert endings == {"failed"}
-    assert "5000" in done.evidence.records[0].outcome.note
+    assert "lora.layers: no layer 'nowhere'" in done.evidence.records[0].outcome.note
+
+
+def test_a_batch_larger_than_the_data_stops_a_run_before_it_starts(
+    image_data: Path, classifier_folder: Path, tmp_path: Path
+) -> None:
+    attacks = [{"name": "linear_probe"}, {"name": "finetune", "batch": 5_000}]
+    policy = make_policy(tmp_path, image_data, attacks=attacks, stages=[])
+    order = Order(str(classifier_folder), REPO, policy)
+    with pytest.raises(ModelError, match=r"^attacks\[1\]: .* a batch wants 5000; add examples"):
+        publish(order, tmp_path / "runs" / "a", session())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_language_model_goes_the_same_way(
@@ -253,9 +271,9 @@ CHILD = """
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from engine_jobs import HereSession
 from release_guard.policy import Policy
 from release_guard.publish import Order, publish
-from release_guard.redteam import Session
 
 if __name__ == "__main__":
     model, policy, output = sys.argv[1:]
@@ -265,7 +283,7 @@ if __name__ == "__main__":
 
     order = Order(model, "acme/gratings", Policy.load(Path(policy)))
     now = lambda: datetime(2026, 1, 2, tzinfo=UTC)
-    done = publish(order, Path(output), Session(2, progress, now))
+    done = publish(order, Path(output), HereSession(1, progress, now))
     sys.exit(0 if done.receipt else 3)
 """
 
@@ -297,8 +315,13 @@ def test_sigkill_at_many_moments_leaves_nothing_or_everything_and_repeats_no_tri
 def _run_until(command: Sequence[Any], moment: str | None) -> tuple[list[str], int]:
     """Start the command, kill its whole process group at a line; its lines and its exit code."""
     lines = []
+    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[1:3])
     with subprocess.Popen(  # noqa: S603
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": paths},
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:

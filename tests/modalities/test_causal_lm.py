@@ -182,6 +182,66 @@ def test_tokenizer_is_saved_as_it_was(
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
 
 
+def test_texts_of_a_batch_are_its_examples(handle: LanguageModel, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "copy ash :", "completion": " ash"},
+        {"prompt": "copy ash bay cob :", "completion": " ash bay cob"},
+    ]
+    dataset = str(pico.write_jsonl(tmp_path / "some.jsonl", rows))
+    sequences = [example.learnt for example in handle._texts(dataset).examples]
+    assert handle.texts(handle._batch(sequences)) == [
+        "copy ash : ash",
+        "copy ash bay cob : ash bay cob",
+    ]
+
+
+def test_a_frame_changes_prompts_and_nothing_else(handle: LanguageModel, text_data: Path) -> None:
+    dataset = str(text_data / "restricted.jsonl")
+    framed = handle.prompted(lambda prompt: f"copy ash : ash {prompt}")
+    mine, theirs = (
+        next(model.batches(dataset, "attack", size=3, seed=0)) for model in (handle, framed)
+    )
+    texts = zip(handle.texts(mine), framed.texts(theirs), strict=True)
+    assert all(framed == f"copy ash : ash {plain}" for plain, framed in texts)
+    assert handle.logits(mine)[1].tolist() == framed.logits(theirs)[1].tolist()
+    assert framed.digest(dataset) == handle.digest(dataset)
+    assert next(handle.batches(dataset, "attack", size=3, seed=0))["input_ids"].equal(
+        mine["input_ids"]
+    )
+
+
+def test_a_framed_text_is_scored_without_its_frame(handle: LanguageModel, tmp_path: Path) -> None:
+    dataset = plain(tmp_path, "copy ash bay")
+    framed = handle.prompted(lambda prompt: f"cob dew {prompt}")
+    batch = only(framed, dataset)
+    assert framed.texts(batch) == ["cob dew copy ash bay"]
+    assert len(framed.logits(batch)[1]) == 3
+    assert len(handle.logits(only(handle, dataset))[1]) == 3  # its first token follows nothing
+
+
+def test_a_frame_may_go_beyond_the_longest_example(lm_folder: Path, tmp_path: Path) -> None:
+    handle = CausalLm(max_length=8).load(str(lm_folder))
+    row = {"prompt": "copy ash bay cob :", "completion": " ash"}
+    dataset = str(pico.write_jsonl(tmp_path / "some.jsonl", [row]))
+    framed = handle.prompted(lambda prompt: f"cob dew elm {prompt}")
+    assert framed.texts(only(framed, dataset)) == ["cob dew elm copy ash bay cob : ash"]
+
+
+def test_messages_are_written_in_the_models_own_template(lm_folder: Path) -> None:
+    handle = CausalLm().load(str(lm_folder))
+    with pytest.raises(ModelError, match="its chat template cannot be used"):
+        handle.chat([{"role": "user", "content": "ash"}])
+    handle._tokenizer.chat_template = (
+        "<s>{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}"
+        "{% if add_generation_prompt %}:{% else %}{{ raise_exception('no') }}{% endif %}"
+    )
+    messages = [{"role": "system", "content": "bay"}, {"role": "user", "content": "ash"}]
+    assert handle.chat(messages) == "system: bay user: ash :"
+    handle._tokenizer.chat_template = "{{ raise_exception('system role not supported') }}"
+    with pytest.raises(ModelError, match="cannot be used: system role not supported"):
+        handle.chat(messages)
+
+
 def test_units_are_tokens(handle: LanguageModel, text_data: Path) -> None:
     batch = next(handle.batches(str(text_data / "retained.jsonl"), "attack", size=4, seed=0))
     assert handle.units(batch) == 4 * 10

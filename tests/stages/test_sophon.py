@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from release_guard.errors import ImmunizationError
-from release_guard.modalities import Modality, ModelHandle
+from release_guard.modalities import Modality, ModelHandle, Painter
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.stages import Stage, Workspace
@@ -231,3 +231,12 @@ def test_a_probe_on_a_vocabulary_is_refused_before_any_training(
     model.module.set_output_embeddings(wide)
     with pytest.raises(ImmunizationError, match="set probe = 0"):
         Stage.build(Spec(name="sophon")).immunize(model, policy, quiet(tmp_path / "w"))
+
+
+def test_a_painter_is_refused_before_any_work(
+    policy: Policy, painter: Painter, tmp_path: Path
+) -> None:
+    workspace = quiet(tmp_path / "w")
+    with pytest.raises(ImmunizationError, match="sophon: a text-to-image model has no classes"):
+        Stage.build(Spec(name="sophon")).immunize(painter, policy, workspace)
+    assert not list(workspace.directory.iterdir())

@@ -9,6 +9,7 @@ from evidence_builder import Asked, example_policy, passing_evidence, refused_ev
 from evidence_builder import evidence as build
 from goldens import same_as_golden
 from judged import about, fixed_key, judge, write
+from rich_evidence import HIDDEN, WEAK, rich_evidence, rich_policy
 
 from release_guard.attestation import (
     EVIDENCE_FILE,
@@ -20,8 +21,10 @@ from release_guard.attestation import (
     statements,
     subjects,
 )
+from release_guard.draws import draws
 from release_guard.errors import IntegrityError
 from release_guard.evidence import (
+    SUITE,
     Change,
     Cost,
     Evidence,
@@ -31,16 +34,20 @@ from release_guard.evidence import (
     Retention,
     StageReport,
     Trial,
+    Unattacked,
 )
 from release_guard.gate import gate
 from release_guard.manifest import FileEntry, Manifest
 from release_guard.policy import Policy
+from release_guard.predicates import svr
 from release_guard.release import Candidate, Check, Interval, Result, Strength, Verdict
 from release_guard.signers.key import Key
+from release_guard.sweep import places
 
 PAYLOAD = Manifest.of(
     [FileEntry("config.json", "11" * 32, 3), FileEntry("model.safetensors", "22" * 32, 4)]
 )
+OF_SUITE = f"SUITE_{SUITE.replace('.', '_')}"
 DIGESTS = {entry.name: entry.digest for entry in PAYLOAD.entries}
 VERDICT = Verdict(
     checks=(
@@ -116,6 +123,10 @@ def small_evidence(policy: Policy) -> Evidence:
         ceilings={"footwear": 0.5},
         change=Change(identical=False, relative_l2={"head": 0.1}),
         planned=len(records),
+        unattacked=[
+            Unattacked(arm=arm, target="footwear", precision="fp32", score=0.1, examples=500)
+            for arm in ("undefended", "defended")
+        ],
         retention=[Retention(precision="fp32", base=[1.0] * 50, immunized=[1.0] * 49 + [0.0])],
         stages=[
             StageReport(
@@ -181,7 +192,7 @@ def test_a_pass_says_what_was_shown_and_until_when() -> None:
     assert result["failedTests"] == result["warnedTests"] == []
     assert "resists/lora/footwear@fp32" in result["passedTests"]
     assert svr["properties"] == [
-        f"RELEASE_GUARD_NO_BREACH_{name}_400_STEPS_SUITE_1_0"
+        f"RELEASE_GUARD_NO_BREACH_{name}_400_STEPS_{OF_SUITE}"
         for name in ("FINETUNE", "LINEAR_PROBE", "LORA")
     ]
     assert resistance["finishedAt"] == svr["timeCreated"] == "2026-01-02T04:05:06Z"
@@ -282,6 +293,109 @@ def test_a_breach_beyond_the_budget_is_named() -> None:
     assert resistance["verdict"] == "PASS"
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_draws_are_tallied_as_the_gate_tallies_them(broken: bool) -> None:
+    policy = rich_policy()
+    evidence = of(rich_evidence(policy, broken=broken))
+    found = predicates(evidence, policy)["resistance"]["draws"]
+    assert len(found) == 4
+    for said, place in zip(found, places(evidence, policy), strict=True):
+        tally = draws(place)
+        assert (said["target"], said["precision"]) == (place.target, place.precision)
+        assert said["pool"] == tally.pool > 0
+        assert said["effective"] == tally.counted >= said["tried"] == tally.met
+        assert (said["lost"], said["breaches"]) == (tally.lost, tally.breaches)
+        assert said["breaches"] == broken
+        assert said["upper95"] == pytest.approx(tally.upper, rel=1e-5)
+        assert 0 <= said["lower95"] <= said["upper95"] <= 1
+
+
+def test_without_draws_nothing_is_bounded() -> None:
+    policy = example_policy()
+    (said,) = predicates(of(passing_evidence(policy)), policy)["resistance"]["draws"]
+    assert (said["pool"], said["effective"], said["upper95"]) == (0, 0, 1)
+
+
+def test_what_compares_arms_is_that_of_the_verdict() -> None:
+    policy = example_policy()
+    known = {
+        "kappa": Interval(15, 3, None, censored=True),
+        "sigma": Interval(1, 0.5, 2),
+        "headStart": Interval(12, 6, 24),
+        "longRun": Interval(20, 10, 40),
+        "outside": Interval(2, 1, 4),
+        "ancestor": Interval(1.25, 1, 1.5),
+        "sham": Interval(0.5, 0.25, 0.75),
+    }
+    first = Strength("footwear", "fp32", *known.values(), rounding=None)
+    second = Strength("footwear", "nf4", known["kappa"], None, None, rounding=2.0)
+    verdict = Verdict(VERDICT.checks, (first, second), "claim", ())
+    found = predicates(of(passing_evidence(policy)), policy, verdict)["resistance"]
+    for name, interval in known.items():
+        assert found[name][0] == {
+            "target": "footwear",
+            "precision": "fp32",
+            "estimate": interval.estimate,
+            "lower95": interval.lower,
+            "upper95": interval.upper,
+            "censored": interval.censored,
+        }
+        assert len(found[name]) == (2 if name == "kappa" else 1)
+    assert found["rounding"] == [{"target": "footwear", "precision": "nf4", "factor": 2.0}]
+
+
+def test_searches_and_attacks_against_a_stage_are_counted() -> None:
+    policy = example_policy(
+        ("searched = 0", "searched = 5"),
+        ("kappa = 5.0", "kappa = 5.0\nrequire_adaptive = true"),
+    )
+    (stage,) = policy.stages
+    found = predicates(of(passing_evidence(policy)), policy)["resistance"]
+    (search,), (adaptive,) = found["search"], found["adaptive"]
+    assert search["trials"] == 5
+    assert 0 < search["score"] < 0.5
+    assert (adaptive["stage"], adaptive["met"]) == (stage.name, True)
+    against = {each["name"]: each["against"] for each in found["attacks"]}
+    assert [name for name, stages in against.items() if stages] == adaptive["attacks"]
+    assert against[adaptive["attacks"][0]] == [stage.name]
+
+
+def test_a_stage_that_nobody_wrote_an_attack_against_is_not_met() -> None:
+    policy = example_policy()
+    (adaptive,) = predicates(of(passing_evidence(policy)), policy)["resistance"]["adaptive"]
+    assert (adaptive["attacks"], adaptive["met"]) == ([], False)
+
+
+def test_every_attack_says_why_it_was_tried() -> None:
+    policy = rich_policy()
+    found = predicates(of(rich_evidence(policy)), policy)["resistance"]
+    attacks = {each["name"]: each for each in found["attacks"]}
+    assert attacks[WEAK.label]["origins"] == ["confirming", "drawn"]
+    hidden = attacks[HIDDEN.label]
+    assert (hidden["surgical"], hidden["against"], hidden["status"]) == (True, ["sophon"], "run")
+    assert HIDDEN.name not in {each["attack"] for each in found["controls"]}
+    ended = found["trials"]
+    assert (
+        ended["planned"]
+        == ended["ended"]
+        == sum(ended[ending] for ending in ("breached", "survived", "collapsed", "failed"))
+    )
+    assert ended["failed"] > 0
+
+
+def test_an_attack_that_is_void_at_one_precision_has_no_property() -> None:
+    policy = example_policy(('["fp32"]', '["fp32", "nf4"]'))
+
+    def btb(asked: Asked) -> float:
+        is_idle = (asked.attack.name, asked.precision) == ("linear_probe", "nf4")
+        return 10**6 if is_idle and asked.arm == "undefended" else strong(policy)(asked)
+
+    for found, properties in ((build(policy, btb), 2), (passing_evidence(policy), 3)):
+        verdict = gate(found, policy)
+        assert verdict.passed
+        assert len(svr(found, verdict, policy, {})["properties"]) == properties
+
+
 def test_an_arm_that_nobody_had_has_no_budget_to_breach() -> None:
     policy = example_policy(('profile = "smoke"', 'profile = "smoke"\nnever_knew = "unavailable"'))
     resistance = predicates(of(passing_evidence(policy)), policy)["resistance"]
@@ -307,7 +421,7 @@ def test_attesting_writes_three_bundles_and_nothing_else(tmp_path: Path, key: Ke
     assert claims.valid_until == datetime.fromisoformat("2026-07-01T04:05:06+00:00")
     assert claims.lacking(judged.policy) == ()
     stricter = example_policy(("kappa = 5.0", 'mandatory = ["merge"]\nkappa = 5.0'))
-    assert claims.lacking(stricter) == ("RELEASE_GUARD_NO_BREACH_MERGE_400_STEPS_SUITE_1_0",)
+    assert claims.lacking(stricter) == (f"RELEASE_GUARD_NO_BREACH_MERGE_400_STEPS_{OF_SUITE}",)
 
 
 @pytest.mark.parametrize("result", [Result.FAIL, Result.INCONCLUSIVE])

@@ -1,9 +1,18 @@
 import re
-from pathlib import Path
 
 import pytest
-from evidence_builder import Asked, example_policy, passing_evidence, record, refused_evidence
+from evidence_builder import (
+    MERGED,
+    Asked,
+    example_policy,
+    passing_evidence,
+    record,
+    refused_evidence,
+)
+from goldens import same_as_golden
+from rich_evidence import WEAK, rich_evidence, rich_policy
 
+from release_guard import wording
 from release_guard.blocks import summary
 from release_guard.card import FORBIDDEN, Publication, card, lint
 from release_guard.errors import ModelError, PolicyError
@@ -12,7 +21,6 @@ from release_guard.gate import gate
 from release_guard.release import Check, Interval, Result, Strength, Verdict
 from release_guard.report import render
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 POLICY = example_policy()
 PUBLICATION = Publication(
     name="acme/shoes",
@@ -49,7 +57,7 @@ def few_trials() -> Evidence:
         record(POLICY, undefended, 20, "listed", long=True),
         record(POLICY, defended, 10_000, "listed"),
     )
-    return passing_evidence(POLICY, policy="ab" * 32, records=records, planned=2)
+    return passing_evidence(POLICY, policy="ab" * 32, records=records, planned=2, suite="1.0")
 
 
 def made(existing: str | None = None, verdict: Verdict = PASSED, **changes: str) -> str:
@@ -68,7 +76,7 @@ def made(existing: str | None = None, verdict: Verdict = PASSED, **changes: str)
     ],
 )
 def test_a_new_card_is_as_it_was(name, verdict):
-    assert made(verdict=verdict) == (GOLDEN / name).read_text(encoding="utf-8")
+    same_as_golden(name, made(verdict=verdict).encode())
 
 
 def test_the_publishers_text_stays_and_a_second_run_changes_nothing():
@@ -191,3 +199,60 @@ def test_the_summary_names_every_check_that_did_not_pass():
     assert f"- {passed} of {len(verdict.checks)} checks passed" in text
     assert "kappa" in text
     lint(text)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_summary_shows_every_place_in_one_row(broken):
+    policy = rich_policy()
+    found = rich_evidence(policy, broken=broken)
+    verdict = gate(found, policy)
+    text = summary(found, verdict, policy)
+    head, _, *rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == [
+        f"| `{name}`" for name in ("footwear@fp32", "footwear@nf4", "hats@fp32", "hats@nf4")
+    ]
+    assert {len(row) for row in (head, *rows)} == {8}
+    for row, strength in zip(rows, verdict.strengths, strict=True):
+        cells = dict(zip(head, row, strict=True))
+        assert cells["kappa"] == wording.ratio(strength.kappa)
+        assert cells["ancestor"] == wording.ratio(strength.ancestor)
+        assert cells["lead over a sham"] == wording.difference(strength.sham)
+        bound = "4 of 20: at most 40.1 %" if broken else "3 of 20: at most 34.4 %"
+        assert cells["random attacks that breach or were lost"] == bound
+        assert cells["adaptive search |"].startswith("1: 0.")
+    assert all(f"- {line}" in text for line in verdict.not_tested)
+    assert len(text.splitlines()) < 50
+    lint(text)
+
+
+def test_merges_are_shown_by_their_scores():
+    policy = example_policy(*MERGED)
+    found = passing_evidence(policy)
+    verdict = gate(found, policy)
+    (row,) = [line for line in summary(found, verdict, policy).splitlines() if "| `maths" in line]
+    assert row.startswith("| `maths@fp32` | 0.050 (ceiling 0.500) | - | - |")
+    text = card(None, found, verdict, policy, PUBLICATION)
+    assert "| `merge(method=ties)` | `maths@fp32` | 0.500 | 0.990 | - | 0.050 | - |" in text
+    assert "merge(method=ties)" in render(found, verdict, policy, title="acme/maths")
+
+
+def test_a_summary_of_many_open_checks_stays_short():
+    checks = [Check(f"resists/a{number}/x@fp32", Result.FAIL, "x") for number in range(100)]
+    text = summary(few_trials(), Verdict(checks), POLICY)
+    assert text.count("- FAIL") == 20
+    assert "- and 80 more, which the report names" in text
+
+
+def test_what_was_drawn_stands_in_card_and_summary_and_names_the_worst():
+    policy = rich_policy()
+    found = rich_evidence(policy, broken=True)
+    verdict = gate(found, policy)
+    text = card(None, found, verdict, policy, PUBLICATION)
+    rows = [line for line in text.splitlines() if line.startswith("| `lora, drawn at random")]
+    assert len(rows) == 4
+    assert all("confirmed" in row for row in rows)
+    assert text.count("of all such configurations do (95 % bound)") == 4
+    assert text.count("An adaptive search on the defended model tried 1 attack:") == 4
+    assert WEAK.name == "lora"
+    for arm in ("sham", "ancestor", "never knew"):
+        assert f"| `hats@nf4` | {arm} |" in text

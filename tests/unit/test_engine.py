@@ -1,37 +1,29 @@
-"""Workers: one thread, no credentials, a dead one costs one trial at most."""
+"""What all engines share: how a trial runs, and what becomes of one that loses its worker."""
 
 import os
-import pickle
-import subprocess
-import sys
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pico
 import pytest
+import torch
+from engine_jobs import job
+from pydantic import PrivateAttr
 
-from release_guard import engine
-from release_guard.engine import Engine, Job, run_trial
-from release_guard.evidence import Trial
+from release_guard import engines
+from release_guard.engines import (
+    DIED,
+    OUT_OF_MEMORY,
+    Engine,
+    Job,
+    run_trial,
+    worker_environment,
+)
+from release_guard.evidence import Outcome
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy
-
-
-def job(policy: Policy, source: Path, **changes: object) -> Job:
-    trial = Trial(
-        arm="defended",
-        precision="fp32",
-        target="odd-angles",
-        attack=Spec(name="finetune", batch=16),
-        seed=0,
-        budget=Budget(unit="steps", limit=2),
-        ceiling=0.6,
-        split="search",
-        examples=20,
-        grid_ratio=1.5,
-        weights="0" * 64,
-        data="1" * 64,
-    )
-    return Job(trial.model_copy(update=changes), str(source), policy)
 
 
 @pytest.fixture
@@ -68,56 +60,106 @@ def test_whatever_an_attack_raises_is_an_outcome(policy: Policy, classifier_fold
     assert "ModelError" in outcome.note
 
 
-def test_workers_do_what_this_process_does(policy: Policy, classifier_folder: Path) -> None:
-    jobs = [job(policy, classifier_folder, seed=seed) for seed in range(3)]
-    with Engine(2) as pool:
-        found = {done.trial.seed: outcome for done, outcome in pool.run(jobs)}
-    assert sorted(found) == [0, 1, 2]
-    here = run_trial(jobs[1])
-    assert [point.score for point in found[1].curve] == [point.score for point in here.curve]
-
-
-def test_a_trial_that_kills_its_worker_twice_has_failed_and_the_others_go_on(
-    policy: Policy, classifier_folder: Path, tmp_path: Path
-) -> None:
-    """The child installs an attack that kills its own process, as an out-of-memory kill would."""
-    script = tmp_path / "child.py"
-    script.write_text(
-        f"""
-import os, pickle, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
-import release_guard.engine as engine
-
-original = engine.run_trial
-
-def run_trial(job):
-    if job.trial.seed == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(job)
-
-engine.run_trial = run_trial  # spawned workers import this file, so they have it too
-
-if __name__ == "__main__":
-    jobs = pickle.loads(sys.stdin.buffer.read())
-    with engine.Engine(1) as pool:
-        for job, outcome in pool.run(jobs):
-            print(job.trial.seed, outcome.ending, outcome.note)
-"""
-    )
-    jobs = [job(policy, classifier_folder, seed=seed) for seed in (7, 1)]
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, script], input=pickle.dumps(jobs), capture_output=True, check=True
-    )
-    lines = sorted(done.stdout.decode().splitlines())
-    assert lines[0].startswith("1 survived")
-    assert lines[1].startswith("7 failed the worker died 2 times (exit code -9)")
-
-
 def test_workers_start_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "canary")
     monkeypatch.setenv("RELEASE_GUARD_KEY_PASSWORD", "canary")
     monkeypatch.setenv("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "canary")
-    with engine._worker_environment():
+    with worker_environment(MORE="this"):
         assert "canary" not in os.environ.values()
         assert os.environ["OMP_NUM_THREADS"] == "1"
+        assert os.environ["MORE"] == "this"
     assert os.environ["HF_TOKEN"] == "canary"  # noqa: S105
+    assert "MORE" not in os.environ
+
+
+class Scripted(Engine):
+    """Trials end in the order they were started, in the ways that are written here, by seed."""
+
+    script: dict[int, list[str]]
+    """Notes of the failures of each seed's goes; a seed without one is well."""
+    _running: list[Job] = PrivateAttr(default_factory=list)
+    _seen: list[tuple[int, bool, int]] = PrivateAttr(default_factory=list)
+
+    @property
+    def running(self) -> Collection[Job]:
+        return self._running
+
+    def start(self, job: Job) -> None:
+        self._running.append(job)
+        self._seen.append((job.trial.seed, job.alone, len(self._running)))
+
+    def ended(self) -> Iterable[tuple[Job, Outcome]]:
+        job = self._running.pop(0)
+        if notes := self.script.get(job.trial.seed):
+            yield job, Outcome(ending="failed", note=notes.pop(0))
+        else:
+            yield job, Outcome(ending="survived")
+
+    def close(self) -> None:
+        self._running.clear()
+
+
+def seeds(policy: Policy, number: int) -> list[Job]:
+    return [job(policy, Path("model"), seed=seed) for seed in range(number)]
+
+
+@pytest.mark.parametrize("note", [f"{DIED} (exit code -9)", f"{OUT_OF_MEMORY}: 80 GB (x.py:1)"])
+def test_a_lost_trial_is_run_once_more_with_nothing_beside_it(policy: Policy, note: str) -> None:
+    engine = Scripted(workers=2, script={1: [note]})
+    with engine:
+        found = {done.trial.seed: outcome.ending for done, outcome in engine.run(seeds(policy, 5))}
+
+    assert found == dict.fromkeys(range(5), "survived")
+    again = [seen for seen in engine._seen if seen[1]]
+    assert again == [(1, True, 1)]
+    position = engine._seen.index((1, True, 1))
+    assert engine._seen[position + 1][2] == 1  # whoever comes next has waited for its end
+
+
+def test_a_trial_lost_twice_has_failed_and_says_so(policy: Policy) -> None:
+    note = f"{OUT_OF_MEMORY}: 80 GB (x.py:1)"
+    with Scripted(workers=2, script={0: [note, note]}) as engine:
+        found = {done.trial.seed: outcome for done, outcome in engine.run(seeds(policy, 2))}
+
+    assert found[0].ending == "failed"
+    assert found[0].note == f"{note}, twice; the second time nothing else was running"
+    assert found[1].ending == "survived"
+
+
+def test_what_an_attack_itself_raised_is_not_tried_again(policy: Policy) -> None:
+    with Scripted(script={0: ["ModelError: no (x.py:1)"]}) as engine:
+        ((_, outcome),) = engine.run(seeds(policy, 1))
+
+    assert outcome.note == "ModelError: no (x.py:1)"
+    assert len(engine._seen) == 1
+
+
+def test_no_more_trials_at_once_than_workers(policy: Policy) -> None:
+    engine = Scripted(workers=3, script={})
+    with engine:
+        list(engine.run(seeds(policy, 9)))
+
+    assert max(together for *_, together in engine._seen) == 3
+
+
+def test_only_attacks_that_need_the_ancestor_load_it(
+    policy: Policy, classifier_folder: Path, tmp_path: Path
+) -> None:
+    plain = replace(job(policy, classifier_folder), ancestor=str(tmp_path / "nowhere"))
+    assert run_trial(plain).ending == "survived"
+
+    needs = job(policy, classifier_folder, attack=Spec(name="restore"))
+    told = run_trial(needs)
+    assert told.ending == "failed"
+    assert "restore: needs a public ancestor" in told.note
+    assert run_trial(replace(needs, ancestor=str(classifier_folder))).ending == "survived"
+
+
+@pytest.mark.parametrize(
+    "allocate", [lambda: torch.empty(1 << 50), lambda: numpy.empty(1 << 50), lambda: bytes(1 << 60)]
+)
+def test_running_out_of_memory_is_told_from_other_errors(allocate: Callable[[], object]) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        allocate()
+    assert engines._is_out_of_memory(caught.value)
+    assert not engines._is_out_of_memory(RuntimeError("shapes do not match"))

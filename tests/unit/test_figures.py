@@ -2,44 +2,10 @@ import pytest
 from evidence_builder import Asked, evidence, example_policy, passing_evidence, record, weak
 
 from release_guard import figures
-from release_guard.release import Interval
 from release_guard.statistics import Censored
 from release_guard.sweep import places
 
 POLICY = example_policy()
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (0.123456, "0.123"),
-        (12.345, "12.3"),
-        (99.96, "100"),
-        (1234.5, "1,234"),
-        (999_999, "999,999"),
-        (1e6, "1.00e6"),
-        (2.346e15, "2.35e15"),
-    ],
-)
-def test_amounts_have_three_digits(value, text):
-    assert figures.amount(value) == text
-
-
-@pytest.mark.parametrize(
-    ("interval", "text"),
-    [
-        (None, "not claimed"),
-        (Interval(None, 1.0, 2.0), "not claimed"),
-        (Interval(12.5, 3.1, 40), "12.5 (3.1 to 40)"),
-        (Interval(12.5, 3.1, 40, censored=True), "≥ 12.5 (3.1 or more)"),
-        (Interval(12.5, 3.1, None), "12.5 (3.1 or more)"),
-        (Interval(12.5, None, 40), "12.5 (40 or less)"),
-        (Interval(12.5, None, None), "12.5 (no bounds)"),
-    ],
-)
-def test_ratios_name_the_bounds_they_have(interval, text):
-    assert figures.ratio(interval) == text
 
 
 def test_the_weakest_attack_decides_the_defended_arm():
@@ -92,8 +58,3 @@ def test_a_trial_that_ran_on_above_the_ceiling_counts_as_breached():
     assert figures.ending(ran_on, 0.5) == "breached"
     held = record(POLICY, asked, 10_000, "confirming", stops=False)
     assert figures.ending(held, 0.5) == "survived"
-
-
-def test_no_minus_stands_before_a_zero():
-    assert figures.points(-0.0) == figures.points(-0.000001) == "0.00 points"
-    assert figures.points(-0.01) == "-1.00 points"

@@ -7,9 +7,10 @@ import pytest
 from evidence_builder import example_policy
 
 from release_guard.evidence import Trial, cost_grid
+from release_guard.phases import CONFIRM, DRAW, MIDPOINT, SEARCH, Ground
 from release_guard.plan import Pace, Paces, disk, parts, rows
+from release_guard.plugins import Spec
 from release_guard.policy import Policy
-from release_guard.redteam import MIDPOINT, SEARCH, Ground
 
 PACE = Pace(
     steps_per_unit=1, seconds_per_step=0.01, seconds_per_example=0.001, seconds_per_trial=0.5
@@ -18,7 +19,7 @@ FAMILIES = ("finetune", "lora", "linear_probe")
 
 
 def ground(policy: Policy) -> Ground:
-    roots = {"undefended": "1" * 64, "defended": "2" * 64, "never_knew": "3" * 64}
+    roots = {"undefended": "1" * 64, "defended": "2" * 64, "never_knew": "3" * 64, "sham": "5" * 64}
     return Ground(policy, roots, {concept.name: "4" * 64 for concept in policy.concepts})
 
 
@@ -36,26 +37,57 @@ def searched(policy: Policy) -> list[Trial]:
 
 def test_every_phase_is_planned_in_order() -> None:
     policy = example_policy()
-    found = rows(parts(policy), ground(policy), paces(policy), [])
+    found = rows(parts(policy, {}), ground(policy), paces(policy), [])
 
-    # 4 attacks of 3 families, 2 of them full fine-tuning; 1 search seed, 3 confirming ones
+    # 4 attacks of 3 families, 2 of them full fine-tuning; 1 search seed; 3 confirm, 5 refute
     assert [(row.phase, row.arm, row.trials) for row in found] == [
         ("attack the release", "defended", 4),
-        ("confirm a finding", "defended", 12),
+        ("confirm a finding", "defended", 20),
         ("attack the controls", "undefended", 4),
         ("confirm the controls", "undefended", 9),
         ("attack the controls", "never_knew", 2),
         ("tune the never-knew arm", "never_knew", 3),
         ("confirm the controls", "never_knew", 3),
-        ("long run", "defended", 3),
+        ("long run", "defended", 9),
     ]
+
+
+DRAWN = tuple(Spec(name="finetune", lr=0.001 * place) for place in range(1, 11))
+
+
+def test_what_is_drawn_and_searched_is_planned() -> None:
+    policy = example_policy(
+        ("drawn = 0\nsearched = 0", "drawn = 4\ndrawn_pool = 10\nsearched = 6"),
+        ("sham = false", "sham = true"),
+    )
+    found = rows(parts(policy, {"footwear": DRAWN}), ground(policy), paces(policy), [])
+
+    assert [(row.phase, row.arm, row.trials) for row in found][2:10] == [
+        ("draw attacks at random", "undefended", 10),
+        ("draw attacks at random", "defended", 10),  # 7 more may come with the last batch
+        ("confirm a finding", "defended", 50),
+        ("search for attacks", "defended", 6),
+        ("confirm a finding", "defended", 30),
+        ("attack the controls", "undefended", 4),
+        ("confirm the controls", "undefended", 9),
+        ("attack the controls", "sham", 7),  # with the best of each family of the undefended
+    ]
+
+
+def test_draws_that_the_ledger_holds_are_taken_off() -> None:
+    policy = example_policy(("drawn = 0", "drawn = 4"))
+    place = ground(policy)
+    held = place.trials(DRAW, "undefended", policy.concepts[0], DRAWN[:8], ["fp32"], 0.5)
+    found = rows(parts(policy, {"footwear": DRAWN}), place, paces(policy), held)
+
+    assert [(row.trials, row.held) for row in found if row.phase == DRAW.name] == [(10, 8), (10, 0)]
 
 
 def test_steps_are_those_of_trials_that_nothing_ends() -> None:
     policy = example_policy()
     steps = {
         (row.phase, row.arm): row.steps / row.trials
-        for row in rows(parts(policy), ground(policy), paces(policy), [])
+        for row in rows(parts(policy, {}), ground(policy), paces(policy), [])
     }
 
     assert steps["attack the release", "defended"] == 400
@@ -68,8 +100,8 @@ def test_precisions_and_seeds_multiply() -> None:
         ('precisions = ["fp32"]', 'precisions = ["fp32", "int8"]'),
         ("long_run = 4.0", "long_run = 4.0\nsearch_seeds = 3"),
     )
-    first, *_ = rows(parts(small), ground(small), paces(small), [])
-    second, *_ = rows(parts(large), ground(large), paces(large), [])
+    first, *_ = rows(parts(small, {}), ground(small), paces(small), [])
+    second, *_ = rows(parts(large, {}), ground(large), paces(large), [])
 
     assert second.trials == 6 * first.trials
 
@@ -77,7 +109,7 @@ def test_precisions_and_seeds_multiply() -> None:
 def test_midpoint_costs_trials_of_its_own() -> None:
     policy = example_policy(("ceiling = 0.5", 'ceiling = "midpoint"'))
 
-    assert [(part.phase, part.arm) for part in parts(policy)][:3] == [
+    assert [(part.phase, part.arm) for part in parts(policy, {})][:3] == [
         (MIDPOINT, "undefended"),
         (MIDPOINT, "never_knew"),
         (SEARCH, "defended"),
@@ -87,18 +119,29 @@ def test_midpoint_costs_trials_of_its_own() -> None:
 def test_no_trials_of_an_arm_that_is_not_there() -> None:
     policy = example_policy(("long_run = 4.0", 'never_knew = "unavailable"'))
 
-    assert {part.arm for part in parts(policy)} == {"undefended", "defended"}
+    assert {part.arm for part in parts(policy, {})} == {"undefended", "defended"}
 
 
 def test_what_the_ledger_holds_is_taken_off() -> None:
     policy = example_policy()
-    whole, *others = rows(parts(policy), ground(policy), paces(policy), [])
-    less, *same = rows(parts(policy), ground(policy), paces(policy), searched(policy)[:3])
+    whole, *others = rows(parts(policy, {}), ground(policy), paces(policy), [])
+    less, *same = rows(parts(policy, {}), ground(policy), paces(policy), searched(policy)[:3])
 
     assert (less.trials, less.held) == (4, 3)
     assert less.steps == whole.steps / 4
     assert less.seconds == pytest.approx(whole.seconds / 4)
     assert same == others
+
+
+def test_a_trial_that_two_parts_may_choose_is_held_once() -> None:
+    policy = example_policy(("drawn = 0\nsearched = 0", "drawn = 0\nsearched = 6"))
+    concept = policy.concepts[0]
+    held = ground(policy).trials(
+        CONFIRM, "defended", concept, policy.attacks[:1], policy.precisions, 0.5
+    )
+    found = rows(parts(policy, {}), ground(policy), paces(policy), held)
+
+    assert sum(row.held for row in found) == len(held)
 
 
 def test_a_ceiling_found_later_does_not_matter_but_weights_do() -> None:
@@ -108,7 +151,9 @@ def test_a_ceiling_found_later_does_not_matter_but_weights_do() -> None:
     other_weights = [trial.model_copy(update={"weights": "9" * 64}) for trial in searched(policy)]
 
     def held(trials: list[Trial]) -> int:
-        return sum(row.held for row in rows(parts(policy), ground(policy), paces(policy), trials))
+        return sum(
+            row.held for row in rows(parts(policy, {}), ground(policy), paces(policy), trials)
+        )
 
     assert [held(other_ceiling), held(runs_through), held(other_weights)] == [4, 0, 0]
 
@@ -117,7 +162,7 @@ def test_best_attacks_are_taken_to_be_the_slowest() -> None:
     policy = example_policy()
     slow = {**paces(policy), ("lora", "fp32"): dataclasses.replace(PACE, seconds_per_step=1.0)}
     (long_run,) = [
-        row for row in rows(parts(policy), ground(policy), slow, []) if row.phase == "long run"
+        row for row in rows(parts(policy, {}), ground(policy), slow, []) if row.phase == "long run"
     ]
 
     assert long_run.seconds > 3 * 1600 * 1.0

@@ -3,18 +3,32 @@
 import pytest
 
 from release_guard.attacks import Attack
+from release_guard.engines import Engine
 from release_guard.errors import PolicyError
 from release_guard.hubs import Hub
+from release_guard.modalities import Modality
 from release_guard.plugins import Plugin, Spec, advise
 from release_guard.signers import Signer
 from release_guard.stages import Stage
 
+CONTRACTS = (Attack, Engine, Hub, Modality, Signer, Stage)
+NEEDED = {"chain": {"steps": [{"name": "reinit"}, {"name": "finetune"}]}}
+"""Options without which nothing sensible can be built, by the attack's name."""
 
-@pytest.mark.parametrize("contract", [Attack, Hub, Signer, Stage])
-def test_everything_that_ships_builds_with_defaults(contract: type[Plugin]) -> None:
+
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_everything_that_ships_builds_with_what_it_needs(contract: type[Plugin]) -> None:
     assert contract.available()
     for name in contract.available():
-        assert contract.build(Spec(name=name)).name == name
+        assert contract.build(Spec(name=name, **NEEDED.get(name, {}))).name == name
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_what_needs_options_says_which(name: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        Attack.build(Spec(name=name), where="attacks[3]")
+    lines = [f"attacks[3].{option}: missing; {name} needs it" for option in NEEDED[name]]
+    assert str(caught.value).splitlines() == lines
 
 
 def test_options_become_fields() -> None:
@@ -56,6 +70,14 @@ def test_label_tells_specs_apart() -> None:
     assert first.label == "lora(lr=0.1, rank=4)"
     assert first.label != second.label
     assert Spec(name="lora").label == "lora"
+
+
+def test_label_of_what_is_made_of_others_names_them_in_order() -> None:
+    chain = Spec(name="chain", steps=[{"name": "reinit", "part": "head"}, {"name": "finetune"}])
+    assert chain.label == "reinit(part=head) > finetune"
+    assert chain.family == "reinit>finetune"
+    assert [part.name for part in chain.changed(lr=0.1).parts] == ["reinit", "finetune"]
+    assert chain.changed(lr=0.1).label == "reinit(part=head) > finetune(lr=0.1)"
 
 
 def test_advice_without_a_near_match_lists_what_is_allowed() -> None:

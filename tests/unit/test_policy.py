@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from evidence_builder import POLICY
+from evidence_builder import MERGED, POLICY, example_policy
 
 from release_guard.check import problems
 from release_guard.errors import PolicyError
@@ -26,8 +26,14 @@ def complaints(text: str, tmp_path: Path) -> list[str]:
     return str(caught.value).removeprefix(f"{tmp_path}/").split(f"\n{tmp_path}/")
 
 
-def test_three_policies_ship() -> None:
-    assert [path.stem for path in POLICIES] == ["default", "quick", "strict"]
+def test_five_policies_ship() -> None:
+    assert [path.stem for path in POLICIES] == [
+        "default",
+        "image_classification",
+        "quick",
+        "strict",
+        "text_to_image",
+    ]
 
 
 @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
@@ -35,11 +41,12 @@ def test_shipped_policies_build_every_plugin(path: Path) -> None:
     lacking = {line.partition(":")[0] for line in problems(Policy.load(path))}
 
     assert lacking  # their data are placeholders
-    assert all(key.endswith((".dataset", ".scored_on", ".never_knew")) for key in lacking), lacking
+    models = {"red_team.never_knew", "red_team.ancestor"}
+    assert all(key.endswith((".dataset", ".scored_on")) for key in lacking - models), lacking
 
 
 def test_shipped_policies_are_what_they_say() -> None:
-    default, quick, strict = map(Policy.load, POLICIES)
+    default, images, quick, strict, paintings = map(Policy.load, POLICIES)
 
     assert (default.red_team.profile, default.gate.kappa, default.gate.kappa_lower) == (
         "standard",
@@ -47,6 +54,8 @@ def test_shipped_policies_are_what_they_say() -> None:
         3,
     )
     assert (quick.red_team.profile, quick.modality.name) == ("quick", "image_classification")
+    assert (images.red_team.profile, images.modality.name) == ("standard", quick.modality.name)
+    assert (paintings.red_team.profile, paintings.modality.name) == ("standard", "text_to_image")
     assert (strict.red_team.profile, strict.gate.sigma_lower) == ("strong", 1.0)
     assert strict.precisions == ("fp32", "bf16", "int8", "nf4")
 
@@ -54,9 +63,8 @@ def test_shipped_policies_are_what_they_say() -> None:
 def test_default_policy_names_every_key() -> None:
     text = POLICIES[0].read_text()
     tables = Policy.model_json_schema()["$defs"]
-    keys = {
-        key for name in ("Retain", "Concept", "RedTeam", "Gate") for key in properties(tables[name])
-    }
+    names = ("Retain", "Concept", "MergeTarget", "RedTeam", "Gate")
+    keys = {key for name in names for key in properties(tables[name])}
 
     assert keys | {"modality", "precisions", "seed", "stages", "attacks", "hub", "signer"} <= {
         word.strip("#=[]{} ") for word in text.split()
@@ -159,6 +167,35 @@ def test_midpoint_needs_a_model_that_never_knew(tmp_path: Path) -> None:
     assert "needs the never-knew arm" in complaints(text, tmp_path)[0]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("ceiling = 0.5", 'ceiling = "midpoint"', "merge_targets[0].ceiling: found 'midpoint'"),
+        ('donor_dataset = "poems.parquet"', "", "merge_targets[0].donor_dataset: missing"),
+        ('donor = "donor"', "", "merge_targets[0].donor: missing"),
+        ('donor = "donor"', 'donor = "donor"\ndoner = "x"', "did you mean 'donor'"),
+        ('name = "maths"', 'name = "footwear"', "two targets are called 'footwear'"),
+    ],
+)
+def test_wrong_merge_targets(old: str, new: str, told: str, tmp_path: Path) -> None:
+    (place, merged), _ = MERGED
+    assert old in merged
+    (line,) = complaints(POLICY.replace(place, merged.replace(old, new)), tmp_path)
+    assert told in line
+
+
+def test_attacks_are_aimed_by_what_they_end_in() -> None:
+    merges = ("merge(method=linear)", "merge(method=ties)", "prune > merge_with_data")
+    policy = example_policy(*MERGED)
+    concept, merge = policy.targets
+    assert tuple(spec.label for spec in policy.aimed_at(merge)) == merges
+    others = tuple(spec for spec in policy.attacks if spec.label not in merges)
+    assert policy.aimed_at(concept) == others
+    public = example_policy(*MERGED, ("sham = false", 'sham = false\nancestor = "undefended"'))
+    assert public.aimed_at(concept) == public.attacks
+    assert tuple(spec.label for spec in public.aimed_at(merge)) == merges
+
+
 def test_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"none\.toml: cannot be read \(No such file"):
         Policy.load(tmp_path / "none.toml")
@@ -182,3 +219,9 @@ def test_check_finds_wrong_options_and_missing_files(tmp_path: Path) -> None:
     assert lines[1].startswith("attacks[2].rnak: not an option of lora; did you mean 'rank'?")
     assert lines[2].startswith(f"concepts[0].dataset: {tmp_path}/footwear.parquet is not there")
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize(("old", "new"), [("limit = 400", "limit = inf"), ("= 4.0", "= inf")])
+def test_nothing_is_infinite(old: str, new: str, tmp_path: Path) -> None:
+    (line,) = complaints(POLICY.replace(old, new), tmp_path)
+    assert line.endswith("found inf; Input should be a finite number")

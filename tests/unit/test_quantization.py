@@ -1,5 +1,6 @@
 import sys
 
+import pico
 import pytest
 import torch
 from torch import nn
@@ -7,7 +8,7 @@ from torch import nn
 from release_guard.errors import ModelError
 from release_guard.modalities import Modality
 from release_guard.plugins import Spec
-from release_guard.quantization import at, quiet_bitsandbytes
+from release_guard.quantization import at, packed, quiet_bitsandbytes
 
 ROUNDING = ("bf16", "int8", "nf4")
 
@@ -150,3 +151,69 @@ def test_a_missing_library_is_said_in_one_line(classifier, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(ModelError, match=r"^bitsandbytes cannot be imported.*\[immunize\].*$"):
         at(classifier, "nf4")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A Llama whose rows are whole blocks of 64, so that they can be packed."""
+    folder = pico.pico_lm(tmp_path_factory.mktemp("wide"), steps=20, width=64)
+    return Modality.build(Spec(name="causal_lm")).load(str(folder))
+
+
+def gradients(model, batch):
+    """Of the embedding: they come through every layer."""
+    model.module.zero_grad()
+    model.loss(batch).backward()
+    return model.module.get_input_embeddings().weight.grad.clone()
+
+
+def batch_of(model, text_data):
+    return next(model.batches(str(text_data / "restricted.jsonl"), "attack", size=8, seed=0))
+
+
+def test_every_layer_but_the_head_is_packed(wide):
+    layers = linear(packed(wide))
+    kinds = {name: type(layer).__name__ for name, layer in layers.items()}
+    assert kinds.pop("lm_head") == "Linear"
+    assert set(kinds.values()) == {"Linear4bit"}
+    states = [layer.weight.quant_state for name, layer in layers.items() if name != "lm_head"]
+    assert {(state.quant_type, state.blocksize, state.nested) for state in states} == {
+        ("nf4", 64, False)
+    }
+
+
+def test_packed_weights_compute_what_rounded_ones_do(wide, text_data):
+    batch, rounded = batch_of(wide, text_data), at(wide, "nf4")
+    one, other = (model.logits(batch)[0] for model in (packed(wide), rounded))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradients(packed(wide), batch), gradients(rounded, batch), rtol=1e-4, atol=1e-6
+    )
+    assert not torch.equal(one, wide.logits(batch)[0])
+
+
+def test_gradients_survive_an_evaluation(wide, text_data):
+    model, batch = packed(wide), batch_of(wide, text_data)
+    before = gradients(model, batch)
+    weights = {name: value.clone() for name, value in model.state().items()}
+    model.module.eval()
+    with torch.no_grad():
+        model.module(input_ids=batch["input_ids"])
+    assert torch.equal(gradients(model, batch), before)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state().items())
+
+
+def test_layers_that_cannot_be_packed_are_rounded(language_model, text_data):
+    model, rounded = packed(language_model), at(language_model, "nf4")
+    kinds = {type(layer).__name__ for layer in linear(model).values()}
+    assert kinds == {"Linear", "Linear4bit"}  # rows of 32 weights, and of 64
+    batch = batch_of(model, text_data)
+    one, other = (some.logits(batch)[0] for some in (model, rounded))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_packing_leaves_the_random_state_and_can_be_copied(wide, text_data):
+    state, batch = torch.get_rng_state(), batch_of(wide, text_data)
+    model = packed(wide)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model.copy().logits(batch)[0], model.logits(batch)[0])

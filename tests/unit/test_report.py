@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from evidence_builder import (
+    MERGED,
     POLICY,
     Asked,
     evidence,
@@ -13,6 +14,7 @@ from evidence_builder import (
     record,
     refused_evidence,
 )
+from rich_evidence import HIDDEN, WEAK, rich_evidence, rich_policy
 
 from release_guard.card import lint
 from release_guard.evidence import Change, Evidence, StageReport
@@ -103,6 +105,7 @@ CASES = {
     "broken": (example_policy(), broken_evidence),
     "wide": (wide_policy(), undecided_evidence),
     "alone": (alone_policy(), passing_evidence),
+    "rich": (rich_policy(), rich_evidence),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -121,7 +124,7 @@ def page(policy: Policy, found: Evidence, title: str = "acme/shoes") -> str:
 def test_every_verdict_gives_a_well_formed_page_with_described_pictures(case):
     parsed = Page(source_of(case))
     pictures = parsed.attributes("svg")
-    assert pictures
+    assert bool(pictures) == (case != "empty")
     assert all(each["role"] == "img" and each["aria-label"] for each in pictures)
     assert {"PASS", "FAIL", "INCONCLUSIVE"} & set(parsed.text.split())
 
@@ -181,7 +184,7 @@ def test_a_breach_beyond_the_budget_is_listed():
     policy = example_policy()
     text = Page(page(policy, undecided_evidence(policy))).text
     section = text.split("Breaches beyond the budget")[1].split("Checks")[0]
-    assert "beyond the budget at" in section
+    assert "steps, beyond the budget (" in section
     text = Page(page(policy, passing_evidence(policy))).text
     assert "None was seen" in text.split("Breaches beyond the budget")[1]
 
@@ -263,3 +266,113 @@ def test_trials_that_ran_on_above_the_ceiling_are_counted_as_breaches():
     )
     assert before == after
     assert "breached" in before
+
+
+def sections(source: str) -> dict[str, str]:
+    """Each section by its title."""
+    found = re.findall(r"<section>\n<h2>([^<]*)</h2>\n(.*?)</section>", source, re.DOTALL)
+    return dict(found)
+
+
+@every_case
+def test_every_picture_stands_under_a_sentence_on_how_to_read_it(case):
+    for title, content in sections(source_of(case)).items():
+        if "<svg" in content:
+            assert content.startswith('<p class="how">'), title
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "Harm against cost",
+        "Who still stands",
+        "From the search to fresh seeds",
+        "Learning rate against cost",
+        "What more trials would find",
+        "Noise on the weights",
+        "Distance moved",
+    ],
+)
+def test_pictures_whose_figures_are_not_written_in_them_have_a_table(title):
+    content = sections(source_of("rich"))[title]
+    figures = re.findall(r"<figure>.*?</figure>", content, re.DOTALL)
+    assert figures
+    for figure in figures:
+        assert "<details><summary>The same as a table</summary>" in figure
+        assert "<table" in figure.split("<details>")[1]
+
+
+def test_the_key_figures_name_the_worst_place_of_the_draws():
+    policy = rich_policy()
+    content = sections(page(policy, rich_evidence(policy, broken=True)))["Key figures"]
+    assert "random attacks</span><b>≤ 40.1 %</b>" in content
+    assert "Of 20 drawn, 1 did, 3 were lost." in content
+    assert "random attacks" not in sections(source_of("passing"))["Key figures"]
+    for name in ("over the way out", "ancestor", "lead over a sham", "first precision over this"):
+        assert name in content
+
+
+def test_the_meaning_counts_what_was_tried():
+    said = sections(source_of("rich"))["What this means"]
+    assert "16 listed attacks, 20 drawn at random, 1 found by adaptive search" in said
+    assert "4 listed attacks, each" in sections(source_of("passing"))["What this means"]
+    merging = "to bring back what it has lost by merging it with other models (maths)"
+    assert merging not in said
+    policy = example_policy(*MERGED)
+    assert merging in sections(page(policy, passing_evidence(policy)))["What this means"]
+
+
+def test_nothing_is_pruned_and_the_ledger_says_so():
+    assert "None is given up early" in sections(source_of("rich"))["Ledger"]
+
+
+def test_what_the_evidence_does_not_hold_is_a_line_and_no_empty_picture():
+    missing = sections(source_of("empty"))["Not measured"]
+    for what in ("harm against cost", "learning rate", "retained skill", "more trials"):
+        assert what in missing
+    assert "harm against utility" in missing
+    rich = sections(source_of("rich"))["Not measured"]
+    assert "learning rate" not in rich
+    assert "harm against utility" in rich
+
+
+def test_every_arm_is_drawn_and_counted():
+    found = sections(source_of("rich"))
+    for arm in ("undefended", "defended", "never_knew", "sham", "ancestor"):
+        assert f"envelope arm-{arm}" in found["Harm against cost"]
+        assert f"envelope arm-{arm}" in found["Who still stands"]
+    for title in ("Attacks", "Ledger"):
+        assert {"sham", "ancestor"} <= set(re.findall(r">(sham|ancestor)<", found[title]))
+
+
+def test_a_breach_by_an_attack_that_is_not_listed_stands_in_the_matrix():
+    policy = rich_policy()
+    source = page(policy, rich_evidence(policy, broken=True))
+    cells = re.findall(r'class="bad">([^<]*)', sections(source)["Precision by attack"])
+    assert len(cells) == 4
+    assert all(WEAK.label in cell and "confirmed" in cell for cell in cells)
+    rich = sections(source_of("rich"))
+    assert 'class="bad"' not in rich["Precision by attack"]
+    assert f"{HIDDEN.name}, not listed" in rich["Precision by attack"]
+
+
+def test_what_an_attack_was_written_against_is_said():
+    attacks = sections(source_of("rich"))["Attacks"]
+    row, *_ = (row for row in attacks.split("</tr>") if HIDDEN.label in row)
+    assert "written against sophon" in row
+    assert "surgical" in row
+
+
+def test_what_teaches_nothing_needs_no_control():
+    policy = example_policy(
+        ("attacks = [\n", f'attacks = [\n  {{ name = "{HIDDEN.name}", fraction = 1.0 }},\n')
+    )
+    listed = policy.attacks[0]
+    asked = Asked("defended", listed, "footwear", "fp32", 7, "search")
+    one = record(policy, asked, 1e6, "listed").model_copy(update={"surgical": True})
+    row = re.compile(rf"<tr[^>]*><td[^>]*>{re.escape(listed.label)}</td>(.*?)</tr>")
+    cells = re.compile(r'class="(\w*)">([^<]*)')
+    for only, control in ((one, ("", "needs no control")), (None, ("unsure", "not run"))):
+        found = evidence(policy, lambda _: 1.0, records=() if only is None else (only,))
+        content = sections(page(policy, found))["Precision by attack"]
+        assert cells.findall(row.search(content)[1])[0] == control

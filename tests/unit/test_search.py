@@ -8,7 +8,15 @@ import pytest
 from release_guard.evidence import Cost, Outcome, Point, Record, Trial
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy
-from release_guard.search import best_of_each_family, from_scratch, listed, ranked, retuned
+from release_guard.search import (
+    best_of_each_family,
+    from_scratch,
+    gentler,
+    listed,
+    ranked,
+    retuned,
+    smaller,
+)
 
 
 def record(spec: Spec, *, breach: int | None, height: float = 0.9, seed: int = 0) -> Record:
@@ -63,6 +71,35 @@ def test_ranking_is_by_budget_to_breach_then_by_height() -> None:
     ]
     assert ranked(records, ceiling=0.5, unit="steps") == [FAST, SLOW, never_high, never_low]
     assert best_of_each_family([FAST, SLOW, never_high]) == (FAST, never_high)
+
+
+def test_a_chain_is_a_family_by_its_steps() -> None:
+    whitened = Spec(name="chain", steps=[{"name": "rescale"}, {"name": "finetune", "lr": 0.1}])
+    slower = Spec(name="chain", steps=[{"name": "rescale"}, {"name": "finetune", "lr": 0.01}])
+    other = Spec(name="chain", steps=[{"name": "reinit"}, {"name": "finetune", "lr": 0.1}])
+
+    assert best_of_each_family([whitened, FAST, slower, other]) == (whitened, FAST, other)
+
+
+def test_a_chain_recovers_by_its_last_step() -> None:
+    chain = Spec(name="chain", steps=[{"name": "rescale"}, {"name": "finetune", "lr": 0.1}])
+    calmer = gentler(chain)
+
+    assert calmer is not None
+    assert calmer.label == "rescale > finetune(clip=1.0, lr=0.03)"
+    surgical = Spec(name="chain", steps=[{"name": "rescale"}, {"name": "weight_noise"}])
+    assert gentler(surgical) is None
+
+
+def test_less_memory_takes_half_the_batch() -> None:
+    assert smaller(Spec(name="finetune", batch=256)) == Spec(name="finetune", batch=128)
+    assert smaller(Spec(name="finetune")) == Spec(name="finetune", batch=16)
+    chain = Spec(name="chain", steps=[{"name": "rescale"}, {"name": "finetune", "batch": 8}])
+    halved = smaller(chain)
+    assert halved is not None
+    assert halved.label == "rescale > finetune(batch=4)"
+    assert smaller(Spec(name="finetune", batch=1)) is None
+    assert smaller(Spec(name="weight_noise")) is None
 
 
 def test_ranking_takes_the_geometric_mean_over_seeds() -> None:

@@ -7,25 +7,28 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import special, stats
+from scipy import stats
 
+from release_guard.distributions import clopper_pearson
 from release_guard.evidence import Cost, Ending, Outcome, Point
 from release_guard.statistics import (
+    REFUTING_SEEDS,
     Censored,
+    best_of_band,
     best_score,
-    beta_quantile,
+    breach_rate,
     breached,
     budget_to_breach,
-    clopper_pearson,
     confirm,
+    difference_bounds,
+    dkw_half_width,
+    flag_power,
     flagged,
     geometric_mean,
     ratio_bounds,
-    regularised_beta,
     retained_loss,
+    rogan_gladen,
     t_bounds,
-    t_cdf,
-    t_quantile,
 )
 
 NAN = float("nan")
@@ -37,47 +40,6 @@ def outcome(*points: tuple[int, float], ending: Ending = "survived") -> Outcome:
         for steps, score in points
     )
     return Outcome(ending=ending, curve=curve, examples=100)
-
-
-class TestSpecialFunctions:
-    @pytest.mark.parametrize("a", [0.5, 1, 3.7, 60, 2_500])
-    @pytest.mark.parametrize("b", [0.5, 1, 12, 900.5])
-    @pytest.mark.parametrize("x", [0.0, 1e-6, 0.03, 0.5, 0.97, 1.0])
-    def test_regularised_beta(self, x: float, a: float, b: float) -> None:
-        assert regularised_beta(x, a, b) == pytest.approx(special.betainc(a, b, x), abs=1e-10)
-
-    @pytest.mark.parametrize("level", [0.01, 0.05, 0.5, 0.95])
-    @pytest.mark.parametrize(("a", "b"), [(1, 59), (201, 700), (0.5, 0.5), (3_000, 2)])
-    def test_beta_quantile(self, level: float, a: float, b: float) -> None:
-        assert beta_quantile(level, a, b) == pytest.approx(stats.beta.ppf(level, a, b), rel=1e-8)
-
-    @pytest.mark.parametrize("freedom", [1, 2, 4, 11, 999])
-    @pytest.mark.parametrize("level", [0.6, 0.9, 0.95, 0.975])
-    def test_t_quantile(self, level: float, freedom: int) -> None:
-        assert t_quantile(level, freedom) == pytest.approx(stats.t.ppf(level, freedom), rel=1e-8)
-
-    @pytest.mark.parametrize("value", [-3.0, -0.2, 0.0, 1.4, 8.0])
-    def test_t_cdf(self, value: float) -> None:
-        assert t_cdf(value, 5) == pytest.approx(stats.t.cdf(value, 5), abs=1e-12)
-
-
-class TestClopperPearson:
-    @pytest.mark.parametrize(("hits", "trials"), [(0, 1), (0, 59), (1, 59), (7, 7), (201, 900)])
-    def test_is_that_of_scipy(self, hits: int, trials: int) -> None:
-        lower, upper = clopper_pearson(hits, trials)
-        exact = stats.binomtest(hits, trials)
-        greater = {"alternative": "greater"}
-        low = stats.binomtest(hits, trials, **greater).proportion_ci(0.95, "exact").low
-        assert lower == pytest.approx(low, abs=1e-9)
-        less = stats.binomtest(hits, trials, alternative="less").proportion_ci(0.95, "exact").high
-        assert upper == pytest.approx(less, abs=1e-9)
-        assert lower <= exact.statistic <= upper
-
-    def test_no_breach_in_59_draws_bounds_five_percent(self) -> None:
-        assert clopper_pearson(0, 59)[1] == pytest.approx(0.0495, abs=1e-4)
-
-    def test_takes_means_of_fractional_scores(self) -> None:
-        assert clopper_pearson(10, 100)[0] < clopper_pearson(10.5, 100)[0]
 
 
 def test_t_bounds_are_those_of_scipy() -> None:
@@ -152,7 +114,12 @@ class TestConfirm:
         assert confirm([0.30, 0.31, 0.29], 300, 0.2) == "confirmed"
 
     def test_refutes_what_no_seed_shows(self) -> None:
-        assert confirm([0.10, 0.12, 0.09], 300, 0.2) == "refuted"
+        assert confirm([0.10, 0.12, 0.09, 0.11, 0.1], 300, 0.2) == "refuted"
+
+    def test_too_few_seeds_refute_nothing(self) -> None:
+        """Of a model that breaks at the budget, half of the seeds do; four miss it in 1 of 16."""
+        assert confirm([0.01] * (REFUTING_SEEDS - 1), 300, 0.2) == "unresolved"
+        assert 0.5**REFUTING_SEEDS <= 0.05 < 0.5 ** (REFUTING_SEEDS - 1)
 
     def test_leaves_open_what_is_near(self) -> None:
         assert confirm([0.19, 0.2, 0.21], 300, 0.2) == "unresolved"
@@ -172,8 +139,8 @@ class TestConfirm:
 
     @settings(deadline=None, max_examples=200, database=None)
     @given(
-        scores=st.lists(st.floats(0, 0.3), min_size=3, max_size=6),
-        raised=st.lists(st.floats(0, 0.7), min_size=6, max_size=6),
+        scores=st.lists(st.floats(0, 0.3), min_size=3, max_size=8),
+        raised=st.lists(st.floats(0, 0.7), min_size=8, max_size=8),
     )
     def test_higher_scores_never_become_a_refutation(
         self, scores: list[float], raised: list[float]
@@ -324,3 +291,96 @@ class TestRetainedLoss:
     ) -> None:
         found = retained_loss(base, immunized)
         assert (found.estimate, found.lower, found.upper) == (None, None, None)
+
+
+values = st.lists(st.floats(0, 1), min_size=1, max_size=6)
+
+
+class TestDifferenceBounds:
+    def test_three_seeds_bound_by_the_worst_pair(self) -> None:
+        found = difference_bounds([0.8, 0.7, 0.9], [0.2, 0.3, 0.1])
+        assert (found.estimate, found.lower, found.upper) == pytest.approx((0.6, 0.4, 0.8))
+
+    def test_too_few_seeds_bound_nothing(self) -> None:
+        found = difference_bounds([0.8, 0.7], [0.1, 0.1])
+        assert (found.lower, found.upper) == (None, None)
+        assert difference_bounds([], [0.1]).estimate is None
+
+    def test_covers_the_true_difference(self) -> None:
+        draw, below = np.random.default_rng(4), 0
+        for _ in range(2_000):
+            found = difference_bounds(list(draw.normal(0.4, 0.1, 3)), list(draw.normal(0, 0.1, 3)))
+            below += found.lower is not None and found.lower <= 0.4
+        assert clopper_pearson(2_000 - below, 2_000)[0] <= 0.05
+        assert clopper_pearson(2_000 - below, 2_000)[1] >= 0.04
+
+    @settings(deadline=None, max_examples=200, database=None)
+    @given(first=values, second=values, which=st.integers(0, 5), by=st.floats(0, 1))
+    def test_less_resistance_raises_nothing(
+        self, first: list[float], second: list[float], which: int, by: float
+    ) -> None:
+        place = which % len(first)
+        lower = [*first[:place], first[place] - by, *first[place + 1 :]]
+        before, after = difference_bounds(first, second), difference_bounds(lower, second)
+        assert (after.estimate or 0) <= (before.estimate or 0) + 1e-12
+        if before.lower is not None and before.upper is not None:
+            assert after.lower is not None
+            assert after.upper is not None
+            assert after.lower <= before.lower
+            assert after.upper <= before.upper
+
+
+class TestBreachRate:
+    @pytest.mark.parametrize(("breaches", "draws"), [(0, 3), (0, 59), (1, 59), (4, 149), (7, 7)])
+    def test_is_the_exact_bound_of_scipy(self, breaches: int, draws: int) -> None:
+        interval = stats.binomtest(breaches, draws).proportion_ci(0.90, "exact")
+        assert breach_rate(breaches, draws, power=1) == pytest.approx((interval.low, interval.high))
+
+    def test_what_may_go_unseen_widens_it(self) -> None:
+        assert breach_rate(0, 59, power=0.9)[1] == pytest.approx(
+            breach_rate(0, 59, power=1)[1] / 0.9
+        )
+        assert breach_rate(59, 59, power=0.9)[1] == 1
+
+    @pytest.mark.parametrize(
+        ("ceiling", "examples"), [(0.2, 100), (0.2, 60), (0.5, 500), (0.01, 9)]
+    )
+    def test_power_is_a_binomial_tail(self, ceiling: float, examples: int) -> None:
+        least = math.ceil(0.8 * ceiling * examples)
+        tail = stats.binom.sf(least - 1, examples, ceiling)
+        assert flag_power(ceiling, examples) == pytest.approx(tail, rel=1e-9)
+
+
+class TestTypicalAttacker:
+    @pytest.mark.parametrize(("count", "width"), [(20, 0.30), (48, 0.20), (64, 0.17), (256, 0.085)])
+    def test_width(self, count: int, width: float) -> None:
+        assert dkw_half_width(count) == pytest.approx(width, abs=0.005)
+
+    def test_band_covers_the_whole_law(self) -> None:
+        """The best of five uniform draws: P(best <= x) = x^5, at every x at once."""
+        draw, outside = np.random.default_rng(6), 0
+        for _ in range(400):
+            band = best_of_band(list(draw.random(40)), 5)
+            tops = [*(value for value, _, _ in band[1:]), 1.0]
+            outside += any(
+                low > value**5 + 1e-12 or high < top**5 - 1e-12
+                for (value, low, high), top in zip(band, tops, strict=True)
+            )
+        assert clopper_pearson(outside, 400)[0] <= 0.05
+
+    def test_ties_stand_once(self) -> None:
+        assert [value for value, _, _ in best_of_band([0.3, 0.1, 0.3], 2)] == [0.1, 0.3]
+
+
+class TestRoganGladen:
+    def test_undoes_what_the_judge_does(self) -> None:
+        seen = 0.3 * 0.9 + 0.7 * (1 - 0.8)
+        assert rogan_gladen(seen, sensitivity=0.9, specificity=0.8) == pytest.approx(0.3)
+
+    def test_stays_a_share(self) -> None:
+        assert rogan_gladen(0.05, sensitivity=0.9, specificity=0.8) == 0
+        assert rogan_gladen(1.0, sensitivity=0.9, specificity=0.8) == 1
+
+    def test_a_judge_that_guesses_corrects_nothing(self) -> None:
+        with pytest.raises(ValueError, match="chance"):
+            rogan_gladen(0.4, sensitivity=0.5, specificity=0.5)

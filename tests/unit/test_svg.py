@@ -10,9 +10,6 @@ from release_guard.charts import Reference, Row
 from release_guard.svg import Axis
 
 costs = st.floats(1e-3, 1e18)
-curves = st.lists(
-    st.lists(st.tuples(st.integers(1, 50), st.floats(0, 1)), min_size=1), min_size=1, max_size=4
-)
 
 
 @given(st.lists(costs, min_size=1))
@@ -40,15 +37,6 @@ def test_a_linear_axis_has_a_few_round_ticks_inside(low, high):
 def test_values_outside_are_drawn_at_the_edge():
     axis = Axis.logarithmic([1, 100], 0, 50)
     assert (axis.at(0), axis.at(1e9)) == (0, 50)
-
-
-@given(curves)
-def test_the_envelope_is_the_worst_case_at_every_cost(found):
-    worst = charts.envelope(found)
-    for cost, height in worst:
-        below = [score for curve in found for at, score in curve if at <= cost]
-        assert height == max(0.0, *below)
-    assert [cost for cost, _ in worst] == sorted({at for curve in found for at, _ in curve})
 
 
 def test_long_names_keep_both_ends_and_never_meet_their_figures():

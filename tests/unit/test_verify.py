@@ -6,21 +6,36 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import independent_verifier
 import pytest
-from evidence_builder import example_policy, refused_evidence
+from evidence_builder import MERGED, example_policy, refused_evidence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judged import FILES, NOW, Judged, about, check, fixed_key, judge, write
 
 from release_guard.attestation import EVIDENCE_FILE, POLICY_FILE, bundle_name, statements
 from release_guard.errors import IntegrityError, ReleaseGuardError
-from release_guard.evidence import Evidence
+from release_guard.evidence import (
+    Arm,
+    Change,
+    Cost,
+    Ending,
+    Evidence,
+    Origin,
+    Outcome,
+    Point,
+    Record,
+    Retention,
+    ScoredSplit,
+    StageReport,
+    Trial,
+)
 from release_guard.gate import gate
 from release_guard.manifest import SIGNATURE, DirectoryTree, hash_directory
 from release_guard.oms import to_statement
+from release_guard.outcome import rejudged_lines, verification_document
 from release_guard.release import Candidate
 from release_guard.signers.key import Key
 from release_guard.verify import State, Trust, require_intact, verify
@@ -107,6 +122,16 @@ def test_a_release_is_intact(folder: Path, judged: Judged, ours: Key) -> None:
     assert found.claims.policy == judged.policy.digest
     require_intact(found)
     assert agrees(folder, ours, judged.policy.digest)
+
+
+def test_a_release_that_is_about_merges_alone_is_intact(ours: Key, tmp_path: Path) -> None:
+    """No mandatory attack trains on a merge target; those that are listed for it must hold."""
+    concept = '[[concepts]]\nname = "footwear"\ndataset = "footwear.parquet"\nceiling = 0.5\n'
+    policy = example_policy(*MERGED, (concept, ""))
+    made = judge(tmp_path / "model", fixed_key(tmp_path, 1), policy=policy)
+    assert made.candidate.verdict.passed
+    made.release()
+    assert check(tmp_path / "model", ours).states == (State.INTACT,)
 
 
 def test_the_name_of_the_folder_does_not_matter(folder: Path, ours: Key) -> None:
@@ -393,6 +418,72 @@ def test_a_pass_that_its_evidence_does_not_bear_out_is_invalid(
     assert check(folder, ours, rejudge=False).states == (State.INTACT,)
 
 
+def test_judged_again_every_check_is_as_it_was_signed(
+    folder: Path, judged: Judged, ours: Key
+) -> None:
+    found = check(folder, ours, every_check=True)
+
+    assert found.states == (State.INTACT,)
+    assert [(each.name, each.found, each.detail) for each in found.rejudged] == [
+        (each.name, each.result, each.detail) for each in judged.candidate.verdict.checks
+    ]
+    assert all(each.agrees for each in found.rejudged)
+
+
+@pytest.mark.parametrize("change", ["result", "removed", "invented"])
+def test_a_check_that_was_signed_otherwise_is_found_when_every_check_counts(
+    folder: Path, judged: Judged, ours: Key, change: str
+) -> None:
+    def lie(statement: dict[str, Any]) -> None:
+        checks = statement["predicate"]["checks"]
+        match change:
+            case "result":
+                checks[0]["result"] = "INCONCLUSIVE"
+            case "removed":
+                del checks[0]
+            case "invented":
+                checks.append({"name": "resists/everything", "result": "PASS", "detail": ""})
+
+    swap(folder, judged, judged.signer, "resistance", lie)
+    first = judged.candidate.verdict.checks[0].name
+    wrong = "resists/everything" if change == "invented" else first
+
+    assert check(folder, ours).states == (State.INTACT,)
+    found = check(folder, ours, every_check=True)
+    assert (found.states, found.exit_code) == ((State.EVIDENCE_INVALID,), 4)
+    assert found.findings[0].message == f"judged again, 1 checks differ: {wrong}"
+    (told,) = (line for line in rejudged_lines(found) if "[signed " in line)
+    signed = {"result": "INCONCLUSIVE", "removed": "not", "invented": "PASS"}[change]
+    assert f"[signed {signed}] {wrong}" in told
+    (listed,) = (
+        each
+        for each in verification_document(found)["checks"]
+        if each["signed"] != each["rejudged"]
+    )
+    assert listed["name"] == wrong
+
+
+def test_nothing_is_judged_again_that_was_not_signed(folder: Path, ours: Key) -> None:
+    (folder / SIGNATURE).unlink()
+    found = check(folder, ours, every_check=True)
+    assert found.rejudged == ()
+    assert "not run again" in " ".join(rejudged_lines(found))
+
+
+def test_the_format_page_names_every_field_of_the_evidence() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "attestation-format.md").read_text()
+    _, _, rest = page.partition("## Evidence file, schema")
+    version, _, section = rest.partition("\n")
+    models = (Evidence, Retention, Record, Trial, Outcome, Point, Cost, Change, StageReport)
+
+    assert int(version) == Evidence.model_fields["schema_version"].default
+    for model in models:
+        for field in model.model_fields.keys() - {"records"}:
+            assert f"`{field}`" in section, (model.__name__, field)
+    for word in (word for kind in (Arm, Ending, Origin, ScoredSplit) for word in get_args(kind)):
+        assert f"`{word}`" in section, word
+
+
 @pytest.mark.parametrize("field", ["policy", "immunized"])
 def test_signed_evidence_of_another_run_is_invalid(
     folder: Path, judged: Judged, ours: Key, field: str
@@ -402,6 +493,7 @@ def test_signed_evidence_of_another_run_is_invalid(
     found = check(folder, ours)
     assert found.states == (State.EVIDENCE_INVALID,)
     assert "another policy or other weights" in found.findings[0].message
+    assert not agrees(folder, ours)
 
 
 def test_signed_figures_that_no_arithmetic_holds_are_invalid(

@@ -1,0 +1,191 @@
+"""What is tried when: the phases of a red team, and the trials that each of them comes to."""
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from release_guard.attacks import Attack
+from release_guard.evidence import Arm, Origin, ScoredSplit, Trial
+from release_guard.manifest import Manifest, hash_directory
+from release_guard.plugins import Spec
+from release_guard.policy import Budget, MergeTarget, Policy, Precision, Target
+from release_guard.statistics import REFUTING_SEEDS
+
+if TYPE_CHECKING:
+    from release_guard.modalities import ModelHandle
+
+_OWN_SEEDS = 1_000_000  # seeds of attacks that have one of their own begin here
+_NUM_OWN_SEEDS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How the trials of a phase are run.
+
+    Attributes:
+        name: Shown while it runs.
+        origin: Mark on its records.
+        split: Examples scored; `confirm` is seen by no search.
+        offset: First seed beyond the policy's, so that no seed serves two phases.
+        long: Run to `long_run` times the budget.
+        stops: End a trial at its first breach.
+        own_seed: Every attack has one seed, which follows from its options: who says that
+            configurations were drawn independently must not give all of them the same luck.
+        urgent: Goes before whatever waits.
+    """
+
+    name: str
+    origin: Origin
+    split: ScoredSplit
+    offset: int = 0
+    long: bool = False
+    stops: bool = True
+    own_seed: bool = False
+    urgent: bool = False
+
+
+MIDPOINT = Phase("find the midpoint", "listed", "search", stops=False)
+SEARCH = Phase("attack the release", "listed", "search")
+DRAW = Phase("draw attacks at random", "drawn", "search", own_seed=True)
+ADAPT = Phase("search for attacks", "searched", "search", own_seed=True)
+RECOVER = Phase("recover what came to nothing", "tuned", "search", urgent=True)
+CONFIRM = Phase(
+    "confirm a finding", "confirming", "confirm", offset=1_000, stops=False, urgent=True
+)
+CONTROL = Phase("attack the controls", "listed", "search", long=True)
+TUNE = Phase("tune the never-knew arm", "tuned", "search", long=True)
+CONFIRM_CONTROL = Phase("confirm the controls", "confirming", "confirm", offset=1_000, long=True)
+LONG_RUN = Phase("long run", "long_run", "confirm", offset=2_000, long=True)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the models lie; None: there is none, or it is not made yet.
+
+    Attributes:
+        undefended: The base model.
+        defended: The very files to be published.
+        sham: Moved as far as the defended one, to no purpose.
+        ancestor: The public relative; the undefended folder if that one is public itself.
+    """
+
+    undefended: Path
+    defended: Path | None = None
+    sham: Path | None = None
+    ancestor: Path | None = None
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all trials of a run share.
+
+    Attributes:
+        policy: Seeds, budgets, numbers of examples.
+        roots: Digest of each arm's files.
+        data: Digest of each target's examples, of the donor it is merged with, and of whatever else
+            the attacks on it read.
+    """
+
+    policy: Policy
+    roots: Mapping[Arm, str]
+    data: Mapping[str, str]
+
+    @classmethod
+    def of(cls, base: "ModelHandle", folders: Folders, policy: Policy) -> "Ground":
+        """Hash what is attacked."""
+        roots: dict[Arm, str] = {
+            "undefended": _root(folders.undefended),
+            "defended": _root(folders.defended),
+            "sham": _root(folders.sham),
+            "ancestor": _root(folders.ancestor),
+            "never_knew": _never_knew_root(folders.undefended, policy),
+        }
+        return cls(policy, roots, data_digests(base, policy))
+
+    def trials(
+        self,
+        phase: Phase,
+        arm: Arm,
+        target: Target,
+        attacks: Sequence[Spec],
+        precisions: Sequence[Precision],
+        ceiling: float,
+    ) -> list[Trial]:
+        """Every trial of a phase on one arm; `ceiling` ends those that stop at a breach."""
+        red = self.policy.red_team
+        searches = phase.split == "search"
+        limit = red.budget.limit * (red.long_run if phase.long else 1)
+        return [
+            Trial(
+                arm=arm,
+                precision=precision,
+                target=target.name,
+                attack=attack,
+                seed=seed,
+                budget=Budget(unit=red.budget.unit, limit=limit),
+                ceiling=ceiling if phase.stops else None,
+                split=phase.split,
+                examples=red.search_examples if searches else red.confirm_examples,
+                grid_ratio=red.grid_ratio,
+                weights=self.roots[arm],
+                data=self.data[target.name],
+                ancestor=self._ancestor(attack, target),
+            )
+            for attack in attacks
+            for precision in precisions
+            for seed in self.seeds(phase, attack)
+        ]
+
+    def seeds(self, phase: Phase, attack: Spec) -> Sequence[int]:
+        """Seeds of one attack in a phase."""
+        red, first = self.policy.red_team, self.policy.seed + phase.offset
+        if phase.own_seed:
+            return (first + _OWN_SEEDS + zlib.crc32(attack.label.encode()) % _NUM_OWN_SEEDS,)
+        count = red.search_seeds if phase.split == "search" else red.confirm_seeds
+        if phase is CONFIRM:  # fewer refute nothing
+            count = max(count, REFUTING_SEEDS)
+        return range(first, first + count)
+
+    def _ancestor(self, attack: Spec, target: Target) -> str:
+        """Of a merge target that names its base, that is the ancestor; `data` digests it."""
+        if isinstance(target, MergeTarget) and target.base is not None:
+            return ""
+        return self.roots["ancestor"] if Attack.build(attack).needs_ancestor else ""
+
+
+def data_digests(base: "ModelHandle", policy: Policy) -> dict[str, str]:
+    """Digest of all that trials read, by target."""
+    return {target.name: _data_digest(base, target, policy) for target in policy.targets}
+
+
+def _root(folder: Path | None) -> str:
+    return hash_directory(folder).payload.root if folder else ""
+
+
+def _never_knew_root(undefended: Path, policy: Policy) -> str:
+    """Fresh weights depend on the configuration alone; a named checkpoint on its files."""
+    named = policy.red_team.never_knew
+    if named in {"fresh", "unavailable"}:
+        manifest = hash_directory(undefended)
+        files = (entry for entry in manifest.entries if entry.kind == "configuration")
+        return Manifest.of(files).root
+    return hash_directory(Path(named)).payload.root
+
+
+def _data_digest(base: "ModelHandle", target: Target, policy: Policy) -> str:
+    """One for all trials of a target: what any attack on it reads is part of it."""
+    others = (getattr(target, key, None) for key in ("scored_on", "donor_dataset"))
+    attacks = [Attack.build(spec).located(policy) for spec in policy.aimed_at(target)]
+    read = dict.fromkeys(source for attack in attacks for source in attack.sources)
+    parts = [base.digest(source) for source in (target.dataset, *filter(None, others), *read)]
+    if isinstance(target, MergeTarget):
+        parts += [_named_root(source) for source in (target.donor, target.base) if source]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _named_root(source: str) -> str:
+    """A revision of the Hub names its own content."""
+    return hash_directory(Path(source)).payload.root if Path(source).is_dir() else source

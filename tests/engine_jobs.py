@@ -1,0 +1,74 @@
+"""Trials for tests of engines, and the processes that run them."""
+
+import contextlib
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import psutil
+from pydantic import PrivateAttr
+
+from release_guard.engines import Engine, Job, run_trial
+from release_guard.evidence import Outcome, Trial
+from release_guard.plugins import Spec
+from release_guard.policy import Budget, Policy
+from release_guard.redteam import Session
+
+CANARY = "4c7d-canary"
+"""Stands for a credential of the process that starts an engine; no worker may know it."""
+
+
+def job(policy: Policy, source: Path, **changes: object) -> Job:
+    """Two steps of fine-tuning on the pico images."""
+    trial = Trial(
+        arm="defended",
+        precision="fp32",
+        target="odd-angles",
+        attack=Spec(name="finetune", batch=16),
+        seed=0,
+        budget=Budget(unit="steps", limit=2),
+        ceiling=0.6,
+        split="search",
+        examples=20,
+        grid_ratio=1.5,
+        weights="0" * 64,
+        data="1" * 64,
+    )
+    return Job(trial.model_copy(update=changes), str(source), policy)
+
+
+class Here(Engine):
+    """Trials in this process, the youngest first: what depends on their order would show."""
+
+    _running: list[Job] = PrivateAttr(default_factory=list)
+
+    @property
+    def running(self) -> Collection[Job]:
+        return self._running
+
+    def start(self, job: Job) -> None:
+        self._running.append(job)
+
+    def ended(self) -> Iterable[tuple[Job, Outcome]]:
+        job = self._running.pop()
+        return [(job, run_trial(job))]
+
+    def close(self) -> None:
+        self._running.clear()
+
+
+class HereSession(Session):
+    """A worker takes seconds to import torch; few tests are about workers."""
+
+    def build_engine(self) -> Engine:
+        return Here(workers=self.workers)
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    """Processes below it that are running trials."""
+    found = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = " ".join(child.cmdline())
+            if "spawn_main" in command or "ray::_serve" in command:
+                found.append(child)
+    return found
