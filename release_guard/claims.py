@@ -205,7 +205,7 @@ def _unmerged(place: Place) -> Iterator[str]:
     tried = _steps([place])
     yield from (f"{text}: {place.target}" for name, text in _MERGES.items() if name not in tried)
     specs = (*place.attacks, *(item.attack for item in place.configurations("defended")))
-    lasts = [spec.parts[-1] if spec.parts else spec for spec in specs]
+    lasts = [spec.last for spec in specs]
     kinds = {last.options.get("realign", _REALIGNED[0]) for last in lasts}
     if missing := [kind for kind in _REALIGNED if kind not in kinds]:
         yield f"merges of {place.target} after realigning the release ({', '.join(missing)})"

@@ -49,6 +49,11 @@ class Spec(BaseModel):
         return tuple(Spec.model_validate(step) for step in steps)
 
     @property
+    def last(self) -> "Spec":
+        """What it ends in: itself, or the last of what it is made of."""
+        return self.parts[-1] if self.parts else self
+
+    @property
     def family(self) -> str:
         """What it does whatever its options: its name, or `rescale>finetune`."""
         return ">".join(part.family for part in self.parts) or self.name

@@ -406,7 +406,7 @@ def _resolve(table: Mapping[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def _is_merge(spec: Spec) -> bool:
-    return (spec.parts[-1] if spec.parts else spec).name in _MERGES
+    return spec.last.name in _MERGES
 
 
 def _is_local_model(key: str, value: Any) -> bool:

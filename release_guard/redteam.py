@@ -505,10 +505,10 @@ def change(base: "ModelHandle", immunized: "ModelHandle") -> Change:
 def _unattacked(subject: Subject, policy: Policy) -> Iterator[Unattacked]:
     """What both models do at no cost: the release must not, the other one must be seen to learn."""
     arms: dict[Arm, ModelHandle] = {"undefended": subject.base, "defended": subject.immunized}
-    for concept, precision in itertools.product(policy.concepts, policy.precisions):
-        dataset, split = scored(concept, "confirm")
-        for arm, handle in arms.items():
-            model = at(handle, precision)
+    for (arm, handle), precision in itertools.product(arms.items(), policy.precisions):
+        model = at(handle, precision)
+        for concept in policy.concepts:
+            dataset, split = scored(concept, "confirm")
             scores = model.scores(dataset, split, limit=policy.red_team.confirm_examples)
             yield Unattacked(
                 arm=arm,

@@ -62,7 +62,7 @@ def pool(policy: Policy, target: Target, fits: Fits) -> tuple[Spec, ...]:
 
 def gentler(spec: Spec) -> Spec | None:
     """The attack that recovers from a collapse: slower, with a bound on every update."""
-    attack = Attack.build(spec.parts[-1] if spec.parts else spec)
+    attack = Attack.build(spec.last)
     lr = getattr(attack, "lr", None)
     if lr is None:
         return None
@@ -74,7 +74,7 @@ def gentler(spec: Spec) -> Spec | None:
 
 def smaller(spec: Spec) -> Spec | None:
     """The attack that needs less memory: batches of half the size."""
-    batch = getattr(Attack.build(spec.parts[-1] if spec.parts else spec), "batch", 1)
+    batch = getattr(Attack.build(spec.last), "batch", 1)
     return spec.changed(batch=batch // 2) if batch > 1 else None
 
 
