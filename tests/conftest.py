@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from engine_jobs import CANARY  # noqa: E402
 
 from release_guard.engines import Engine  # noqa: E402
-from release_guard.modalities import Modality, Painter  # noqa: E402
+from release_guard.modalities import Modality, ModelHandle, Painter  # noqa: E402
 from release_guard.plugins import Spec  # noqa: E402
 from release_guard.policy import Concept  # noqa: E402
 
@@ -47,6 +47,12 @@ def image_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ViT that knows the retained images; never change it, copy it."""
     return pico.pico_classifier(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="module")
+def classifier(classifier_folder: Path) -> ModelHandle:
+    """Loaded from there; never change it, copy it."""
+    return Modality.build(Spec(name="image_classification")).load(str(classifier_folder))
 
 
 @pytest.fixture(scope="session")

@@ -3,18 +3,12 @@ import torch
 
 from release_guard.attacks import Attack
 from release_guard.errors import PolicyError
-from release_guard.modalities import Modality
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Concept
 
 HEAD = {"name": "reinit", "part": "head"}
 NOISE = {"name": "weight_noise", "deviation": 0.04}
 TRAIN = {"name": "finetune", "lr": 0.002}
-
-
-@pytest.fixture(scope="module")
-def classifier(classifier_folder):
-    return Modality.build(Spec(name="image_classification")).load(str(classifier_folder))
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,8 @@ import torch
 
 from release_guard.attacks import Attack
 from release_guard.errors import ModelError, PolicyError
-from release_guard.modalities import Modality
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Concept
-
-
-@pytest.fixture(scope="module")
-def classifier(classifier_folder):
-    return Modality.build(Spec(name="image_classification")).load(str(classifier_folder))
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,6 @@ from release_guard.policy import Budget, Concept
 
 
 @pytest.fixture(scope="module")
-def classifier(classifier_folder):
-    return Modality.build(Spec(name="image_classification")).load(str(classifier_folder))
-
-
-@pytest.fixture(scope="module")
 def concept(image_data):
     return Concept(name="odd-angles", dataset=str(image_data / "restricted.parquet"), ceiling=0.5)
 

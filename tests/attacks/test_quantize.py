@@ -15,11 +15,6 @@ EMULATED = ("fp4", "q8_0", "q4_0", "q3", "q2")
 
 
 @pytest.fixture(scope="module")
-def classifier(classifier_folder):
-    return Modality.build(Spec(name="image_classification")).load(str(classifier_folder))
-
-
-@pytest.fixture(scope="module")
 def resnet(resnet_folder):
     return Modality.build(Spec(name="image_classification")).load(str(resnet_folder))
 

@@ -13,11 +13,6 @@ MODELS = ("classifier", "resnet", "language_model")
 
 
 @pytest.fixture(scope="module")
-def classifier(classifier_folder):
-    return Modality.build(Spec(name="image_classification")).load(str(classifier_folder))
-
-
-@pytest.fixture(scope="module")
 def resnet(resnet_folder):
     return Modality.build(Spec(name="image_classification")).load(str(resnet_folder))
 

@@ -19,11 +19,6 @@ PARTS = {
 
 
 @pytest.fixture(scope="module")
-def classifier(classifier_folder):
-    return Modality.build(Spec(name="image_classification")).load(str(classifier_folder))
-
-
-@pytest.fixture(scope="module")
 def ancestor(classifier):
     return moved(classifier, 0.1, seed=1)
 

@@ -11,11 +11,6 @@ CONCEPT = Concept(name="never-read", dataset="nowhere.parquet", ceiling=0.5)
 
 
 @pytest.fixture(scope="module")
-def classifier(classifier_folder):
-    return Modality.build(Spec(name="image_classification")).load(str(classifier_folder))
-
-
-@pytest.fixture(scope="module")
 def resnet(resnet_folder):
     return Modality.build(Spec(name="image_classification")).load(str(resnet_folder))
 

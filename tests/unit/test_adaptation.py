@@ -26,11 +26,6 @@ SGD = Recipe(lr=0.1, optimizer="sgd", momentum=0)
 
 
 @pytest.fixture(scope="module")
-def classifier(classifier_folder):
-    return Modality.build(Spec(name="image_classification")).load(str(classifier_folder))
-
-
-@pytest.fixture(scope="module")
 def resnet(resnet_folder):
     return Modality.build(Spec(name="image_classification")).load(str(resnet_folder))
 

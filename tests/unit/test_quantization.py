@@ -14,11 +14,6 @@ ROUNDING = ("bf16", "int8", "nf4")
 
 
 @pytest.fixture(scope="module")
-def classifier(classifier_folder):
-    return Modality.build(Spec(name="image_classification")).load(str(classifier_folder))
-
-
-@pytest.fixture(scope="module")
 def language_model(lm_folder):
     return Modality.build(Spec(name="causal_lm")).load(str(lm_folder))
 
