@@ -180,14 +180,41 @@ class Change(_Value):
     relative_l2: Mapping[str, float]
 
 
+class Effect(_Value):
+    """How much of a stage's own effect was in the weights after a later stage, or after itself."""
+
+    after: str
+    value: float
+
+
 class StageReport(_Value):
-    """A stage that ran: its own measures are reported, never judged."""
+    """A stage that ran: its own measures are reported, never judged.
+
+    Attributes:
+        name: Of the stage.
+        paper: Where it comes from.
+        options: All of them.
+        measures: The paper's own figures.
+        seconds: Measuring included.
+        cost: What training took, by the stage's own count.
+        caveats: What it left out on this model.
+        effects: How much of what it is for was there after itself and after each later stage.
+    """
 
     name: str
     paper: str
     options: Mapping[str, Any]
     measures: Mapping[str, float]
     seconds: float
+    cost: Cost | None = None
+    caveats: tuple[str, ...] = ()
+    effects: tuple[Effect, ...] = ()
+
+    def seen(self, after: str, value: float) -> Self:
+        """The same, with one more look at its effect."""
+        return self.model_copy(
+            update={"effects": (*self.effects, Effect(after=after, value=value))}
+        )
 
 
 class Evidence(_Value):

@@ -10,7 +10,7 @@ from release_guard.attacks import Attack
 from release_guard.attestation import attest
 from release_guard.card import Publication, card
 from release_guard.errors import IntegrityError, ModelError, PolicyError
-from release_guard.evidence import SUITE, Evidence, StageReport, canonical_json
+from release_guard.evidence import SUITE, Cost, Evidence, StageReport, canonical_json
 from release_guard.gate import gate
 from release_guard.hubs import Hub
 from release_guard.ledger import Ledger
@@ -152,6 +152,8 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
     settle_threads(base, session.workers)
     check_data(base, order.policy)
     check_relatives(base, order.policy, ancestor)
+    if not order.as_is:
+        check_stages(base, order.policy)
     about["data"] = data_digests(base, order.policy)
     about["retained"] = base.digest(order.policy.retain.dataset)
     run = Run.claim(output, about)
@@ -164,6 +166,23 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
     immunized = modality.load(str(run.immunized))
     moved = _make_sham(base, immunized, run, order.policy, session)
     return Subject(undefended, run.immunized, base, immunized, stages, moved, ancestor), run
+
+
+def check_stages(base: "ModelHandle", policy: Policy) -> None:
+    """Whether every stage can work on this kind of model, this model and these data.
+
+    Raises:
+        PolicyError: A stage is for other kinds of models.
+        ImmunizationError: It cannot work on this one.
+    """
+    for place, spec in enumerate(policy.stages):
+        stage, kind = Stage.build(spec, where=f"stages[{place}]"), policy.modality.name
+        if stage.modalities and kind not in stage.modalities:
+            others = ", ".join(stage.modalities)
+            raise PolicyError(
+                f"stages[{place}]: {spec.name} is for {others}, not for {kind}; remove it"
+            )
+        stage.check(base, policy)
 
 
 def check_order(order: Order) -> None:
@@ -405,12 +424,16 @@ def _immunize(
     """Apply the stages in order and save the result; a finished one is taken from the folder."""
     if run.immunized.is_dir():
         return tuple(map(StageReport.model_validate, json.loads(run.stages.read_bytes())))
-    model, reports = base, []
+    model, applied = base, []
     for place, spec in enumerate(policy.stages):
-        model, report = _apply(
-            Stage.build(spec), model, policy, run.checkpoints(place, spec.name), session
-        )
-        reports.append(report)
+        before, stage = model, Stage.build(spec)
+        model, report = _apply(stage, before, policy, run, place, session)
+        applied.append((stage, before, report))
+        applied = [
+            (stage, before, report.seen(spec.name, stage.effect(before, model, policy)))
+            for stage, before, report in applied
+        ]
+    reports = [report for _, _, report in applied]
     run.write(run.stages.name, canonical_json([report.model_dump() for report in reports]))
     with folder_made_whole(run.immunized) as folder:
         model.save(folder)
@@ -435,18 +458,28 @@ def _make_sham(
 
 
 def _apply(
-    stage: Stage, model: "ModelHandle", policy: Policy, checkpoints: Path, session: Session
+    stage: Stage, model: "ModelHandle", policy: Policy, run: Run, place: int, session: Session
 ) -> "tuple[ModelHandle, StageReport]":
     def progress(done: int, steps: int, line: str) -> None:
         session.progress(f"immunize: {stage.name}", done, steps, line)
 
+    spent: list[Cost] = []
+    workspace = Workspace(
+        directory=run.checkpoints(place, stage.name),
+        private=run.private,
+        progress=progress,
+        spend=spent.append,
+        workers=session.workers,
+    )
     started = time.perf_counter()
-    immunized = stage.immunize(model, policy, Workspace(checkpoints, progress, session.workers))
+    immunized = stage.immunize(model, policy, workspace)
     report = StageReport(
         name=stage.name,
         paper=stage.paper,
         options=stage.model_dump(mode="json"),
         measures=stage.measure(model, immunized, policy),
         seconds=round(time.perf_counter() - started, 1),
+        cost=spent[-1] if spent else None,
+        caveats=tuple(stage.caveats(model, policy)),
     )
     return immunized, report

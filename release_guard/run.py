@@ -3,6 +3,7 @@
 DIR/run.json       what this run is: source, policy, mode; never a secret
 DIR/policy.toml    the policy's exact bytes
 DIR/checkpoints/   progress of the stages
+DIR/private/       what stages give to the owner alone, such as the way back from a gauge
 DIR/immunized/     the immunized model, once complete: these very files are attacked and pushed
 DIR/sham/          a model moved as far to no purpose, where the policy asks for one
 DIR/stages.json, DIR/evidence.jsonl, DIR/report.html
@@ -93,6 +94,13 @@ class Run:
     @property
     def ledger(self) -> Path:
         return self.directory.parent / "trials.jsonl"
+
+    @property
+    def private(self) -> Path:
+        """A folder that only its owner may read."""
+        folder = self.directory / "private"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
 
     def checkpoints(self, place: int, name: str) -> Path:
         """A folder for one stage's own progress."""

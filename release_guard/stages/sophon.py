@@ -12,18 +12,18 @@ import random
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from release_guard.adaptation import Randomness, renew_blocks
+from release_guard.adaptation import renew_blocks
 from release_guard.errors import ImmunizationError
-from release_guard.modalities import Batch, ModelHandle, Painter, State
+from release_guard.immunization import Training, divided, update
+from release_guard.modalities import Batch, ModelHandle
 from release_guard.policy import Policy
-from release_guard.stages import Stage, Workspace
+from release_guard.stages import TrainedStage, Workspace
 
 Range = tuple[float, float]
 
@@ -83,10 +83,11 @@ _PROBE_RIDGE = 0.1  # relative to the mean variance of the features
 _MOST_PROBED = 1_000  # classes; beyond, as in a vocabulary, a ridge probe makes no sense
 
 
-class Sophon(Stage):
+class Sophon(TrainedStage):
     """Make fine-tuning on a restricted domain start from a bad place and stay there."""
 
     paper = "https://arxiv.org/abs/2404.12699"
+    modalities = ("image_classification", "causal_lm")
 
     variant: Literal["paper", "hardened"] = "hardened"
     """Sets every option that is not given: the paper's, or those that held under our sweep."""
@@ -138,10 +139,6 @@ class Sophon(Stage):
     """Reinforcement steps at the end, without suppression: cheap repair of what it cost."""
     tail_lr: float = Field(1e-3, gt=0)
     """Their learning rate, which falls linearly to zero."""
-    probe_every: int = Field(50, ge=1)
-    """Steps between looks at the retained score."""
-    keep_every: int = Field(100, ge=1)
-    """Steps between checkpoints."""
 
     @model_validator(mode="before")
     @classmethod
@@ -150,27 +147,28 @@ class Sophon(Stage):
             return {**_VARIANTS.get(values.get("variant", "hardened"), {}), **values}
         return values
 
-    def immunize(self, model: ModelHandle, policy: Policy, workspace: Workspace) -> ModelHandle:
-        if isinstance(model, Painter):
-            advice = "remove it from stages, or release a classifier or a language model"
-            raise ImmunizationError(f"sophon: a text-to-image model has no classes; {advice}")
+    @property
+    def steps(self) -> int:
+        return self.outer_steps + self.tail_steps
+
+    def check(self, model: ModelHandle, policy: Policy) -> None:
+        if not policy.concepts:
+            raise ImmunizationError("sophon: the policy names no concept; add one, or leave it out")
         if self.probe and model.head.out_features > _MOST_PROBED:
             raise ImmunizationError(
                 f"sophon: `probe` works up to {_MOST_PROBED} classes, this head has "
                 f"{model.head.out_features}; set probe = 0"
             )
-        steps = self.outer_steps + self.tail_steps
-        with ThreadPoolExecutor(workspace.workers) as threads:
-            training = _Training(self, model, policy, threads)
-            training.resume(workspace.directory)
-            while training.step < steps:
-                line = training.advance()
-                if training.step % self.probe_every == 0 or training.step == steps:
-                    training.guard()
-                if training.step % self.keep_every == 0:
-                    training.keep(workspace.directory)
-                workspace.progress(training.step, steps, line)
-            return training.result()
+
+    def training(self, model: ModelHandle, policy: Policy, workspace: Workspace) -> Training:
+        return _Simulation(self, model, policy, workspace.workers)
+
+    def effect(self, base: ModelHandle, immunized: ModelHandle, policy: Policy) -> float:
+        """By how much KL(uniform || p) on the restricted examples fell."""
+        measures = self.measure(base, immunized, policy)
+        names = [f"KL(uniform || p) on {concept.name}" for concept in policy.concepts]
+        falls = [measures[f"{name}, base"] - measures[f"{name}, immunized"] for name in names]
+        return sum(falls) / len(falls)
 
     def measure(
         self, base: ModelHandle, immunized: ModelHandle, policy: Policy
@@ -250,70 +248,29 @@ class _Attacker:
         return list(self.model.module.parameters())
 
 
-class _Training:
-    """All that changes while SOPHON runs, so that it can be kept and taken up again.
+class _Simulation(Training):
+    """The released weights and the attackers that ride on them."""
 
-    Every random choice derives from the seed and the outer step: a resumed run equals one that was
-    never interrupted.
-    """
-
-    def __init__(
-        self, options: Sophon, base: ModelHandle, policy: Policy, threads: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, options: Sophon, base: ModelHandle, policy: Policy, workers: int) -> None:
+        super().__init__(options.name, options.model_dump_json(), base, policy)
         self._options = options
-        self._threads = threads
+        self._workers = workers
         self._spare_cores = torch.get_num_threads() == 1 and base.device.type == "cpu"
         self._draws_nothing = False  # not known yet
-        self._policy = policy
-        self._base = base.copy()
-        self._base.module.eval()
-        self.theta = base.copy()
-        self.theta.module.train()
         self._parameters = list(self.theta.module.parameters())
         self._suppress = torch.optim.Adam(self._parameters, lr=options.alpha, fused=True)
         self._reinforce = torch.optim.Adam(self._parameters, lr=options.beta, fused=True)
         self._pool: list[_Attacker] = []
-        self._start_score = self._score(self._base)
-        self._good: State | None = None
-        self.step = 0
 
-    def advance(self) -> str:
-        """One outer step, or one of the tail; its losses in words.
+    def advance(self) -> Mapping[str, float]:
+        options = self._options
+        tail = self.step - options.outer_steps
+        if tail < 0:
+            return self._outer_step()
+        rate = options.tail_lr * (1 - tail / options.tail_steps)
+        return {"retained loss": self._reinforce_once(rate)}
 
-        Raises:
-            ImmunizationError: The weights are not finite any more; the last checkpoint was before.
-        """
-        with Randomness(self._seed("noise"), self.theta.device).used():  # what dropout draws
-            line = self._any_step()
-        if not all(parameter.isfinite().all() for parameter in self._parameters):
-            raise ImmunizationError(
-                f"sophon: the weights diverged at step {self.step + 1}; lower alpha or beta"
-            )
-        self.step += 1
-        return line
-
-    def guard(self) -> None:
-        """Keep this state if the retained score is still within the policy's margin."""
-        if self._start_score - self._score(self.theta) <= self._policy.retain.margin:
-            self._good = self.theta.state()
-
-    def result(self) -> ModelHandle:
-        """The last state that kept the retained score: later ones are rolled back.
-
-        Raises:
-            ImmunizationError: There was none.
-        """
-        if self._good is None:
-            raise ImmunizationError(
-                "sophon: at no look was the retained score within retain.margin; lower alpha, or "
-                "raise ntr_steps"
-            )
-        immunized = self._base.copy()
-        immunized.load_state(self._good)
-        return immunized
-
-    def keep(self, directory: Path) -> None:
-        """Write everything that changes, whole or not at all."""
+    def changing(self) -> dict[str, Any]:
         attackers = [
             {
                 "model": attacker.model.state(),
@@ -323,64 +280,36 @@ class _Training:
             }
             for attacker in self._pool
         ]
-        state = {
-            "about": self._about,
-            "step": self.step,
-            "theta": self.theta.state(),
-            "good": self._good,
+        return {
             "suppress": self._suppress.state_dict(),
             "reinforce": self._reinforce.state_dict(),
             "attackers": attackers,
         }
-        partial = directory / "sophon.partial"
-        torch.save(state, partial)
-        partial.replace(directory / "sophon.pt")
 
-    def resume(self, directory: Path) -> None:
-        """Go on from a checkpoint of exactly this stage and policy, if there is one."""
-        path = directory / "sophon.pt"
-        if not path.exists():
-            return
-        state = torch.load(path, weights_only=True, map_location=self.theta.device)
-        if state["about"] != self._about:
-            return
-        self.step, self._good = state["step"], state["good"]
-        self.theta.load_state(state["theta"])
-        self._suppress.load_state_dict(state["suppress"])
-        self._reinforce.load_state_dict(state["reinforce"])
-        for kept in state["attackers"]:
-            attacker = self._attacker(kept["drawn"], seed=0)
-            attacker.model.load_state(kept["model"])
-            attacker.optimizer.load_state_dict(kept["optimizer"])
-            attacker.age = kept["age"]
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        self._suppress.load_state_dict(kept["suppress"])
+        self._reinforce.load_state_dict(kept["reinforce"])
+        for one in kept["attackers"]:
+            attacker = self._attacker(one["drawn"], seed=0)
+            attacker.model.load_state(one["model"])
+            attacker.optimizer.load_state_dict(one["optimizer"])
+            attacker.age = one["age"]
             self._pool.append(attacker)
 
-    @property
-    def _about(self) -> str:
-        return f"{self._policy.digest} {self._options.model_dump_json()}"
-
-    def _any_step(self) -> str:
-        options = self._options
-        tail = self.step - options.outer_steps
-        if tail < 0:
-            return self._outer_step()
-        retained = self._reinforce_once(options.tail_lr * (1 - tail / options.tail_steps))
-        return f"retained loss {retained:.3f}"
-
-    def _outer_step(self) -> str:
+    def _outer_step(self) -> Mapping[str, float]:
         options = self._options
         fade = 1 + (options.final_lr - 1) * self.step / options.outer_steps
         before = [parameter.detach().clone() for parameter in self._parameters]
-        suppression = self._suppress_step(options.alpha * fade)
+        suppressed = self._suppress_step(options.alpha * fade)
         retained = [
             self._reinforce_once(options.beta * fade, turn=turn)
             for turn in range(options.ntr_steps)
         ]
         self._carry(before)
-        mean = sum(retained) / max(1, len(retained))
-        return f"suppression {suppression:.3f}, retained loss {mean:.3f}"
+        losses = {"suppression": suppressed, "retained loss": retained}
+        return {name: sum(found) / len(found) for name, found in losses.items() if found}
 
-    def _suppress_step(self, rate: float) -> float:
+    def _suppress_step(self, rate: float) -> list[float]:
         options = self._options
         total = [torch.zeros_like(parameter) for parameter in self._parameters]
         losses = []
@@ -396,12 +325,12 @@ class _Training:
                 losses.append(loss)
                 torch._foreach_add_(total, gradients)
         if not losses:
-            return math.nan
+            return losses
         for parameter, gradient in zip(self._parameters, total, strict=True):
             parameter.grad = gradient / len(losses)
         nn.utils.clip_grad_norm_(self._parameters, options.clip)
-        _step(self._suppress, rate)
-        return sum(losses) / len(losses)
+        update(self._suppress, rate)
+        return losses
 
     def _attack_all(
         self, attackers: Sequence[_Attacker], turns: Sequence[int]
@@ -411,8 +340,9 @@ class _Training:
         Models that draw random numbers (dropout) share torch's one stream of them, so they step in
         order; the first round finds out.
         """
-        if self._spare_cores and self._draws_nothing:
-            return list(self._threads.map(self._attack_once, attackers, turns))
+        if self._spare_cores and self._draws_nothing and self._workers > 1:
+            with ThreadPoolExecutor(self._workers) as threads:
+                return list(threads.map(self._attack_once, attackers, turns))
         before = torch.get_rng_state()
         found = list(map(self._attack_once, attackers, turns))
         self._draws_nothing = torch.equal(before, torch.get_rng_state())
@@ -421,11 +351,10 @@ class _Training:
     def _attack_once(self, attacker: _Attacker, turn: int) -> tuple[float, list[Tensor]]:
         """One attacker step, then the suppression loss and its gradient at the stepped weights."""
         options = self._options
-        concept = self._policy.concepts[attacker.drawn["concept"]]
+        concept = self.policy.concepts[attacker.drawn["concept"]]
         size = options.batch + options.query
-        seed = self._seed(f"restricted/{turn}")
-        batch = next(self.theta.batches(concept.dataset, "immunize", size=size, seed=seed))
-        inner, query = _split(batch, options.batch)
+        batch = self.batch(concept.dataset, "immunize", size=size, purpose=f"restricted/{turn}")
+        inner, query = divided(batch, options.batch)
         attacker.optimizer.zero_grad(set_to_none=True)
         attacker.model.loss(inner).backward()  # type: ignore[no-untyped-call]  # as below
         attacker.optimizer.step()
@@ -459,8 +388,13 @@ class _Training:
     def _reinforce_once(self, rate: float, *, turn: int = 0) -> float:
         """Normal training reinforcement: the task loss, and closeness to the base's outputs."""
         options = self._options
-        retained, seed = self._policy.retain.dataset, self._seed(f"retained/{turn}")
-        batch = next(self.theta.batches(retained, "retain", size=options.ntr_batch, seed=seed))
+        batch = self.batch(
+            self.policy.retain.dataset,
+            "retain",
+            size=options.ntr_batch,
+            purpose=f"retained/{turn}",
+            passes=4 / 3 if options.distill else 1,
+        )
         logits_NC, labels_N = self.theta.logits(batch)
         task = nn.functional.cross_entropy(logits_NC, labels_N)
         loss = task
@@ -469,13 +403,13 @@ class _Training:
         self._reinforce.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        _step(self._reinforce, rate)
+        update(self._reinforce, rate)
         return task.item()
 
     def _distance(self, batch: Batch, logits_NC: Tensor) -> Tensor:
         """Distillation from the base model: KL at temperature 2, scaled back by its square."""
         with torch.no_grad():
-            wanted_NC, _ = self._base.logits(batch)
+            wanted_NC, _ = self.base.logits(batch)
         return _TEMPERATURE**2 * nn.functional.kl_div(
             (logits_NC / _TEMPERATURE).log_softmax(dim=1),
             (wanted_NC / _TEMPERATURE).softmax(dim=1),
@@ -505,7 +439,7 @@ class _Training:
 
     def _fresh_attacker(self, turn: int) -> _Attacker:
         options = self._options
-        chance = random.Random(self._seed(f"attacker/{turn}"))  # noqa: S311
+        chance = random.Random(self.seed(f"attacker/{turn}"))  # noqa: S311
         adam = chance.random() < options.adam_share
         low, high = options.adam_lr if adam else options.sgd_lr
         drawn = {
@@ -514,9 +448,9 @@ class _Training:
             "new_head": chance.random() < options.reinit_share,
             "new_blocks": self._new_blocks(chance),
             "life": chance.randint(*options.horizon),
-            "concept": chance.randrange(len(self._policy.concepts)),
+            "concept": chance.randrange(len(self.policy.concepts)),
         }
-        return self._attacker(drawn, seed=self._seed(f"head/{turn}"))
+        return self._attacker(drawn, seed=self.seed(f"head/{turn}"))
 
     def _new_blocks(self, chance: random.Random) -> int:
         if chance.random() >= self._options.renew_share:
@@ -542,25 +476,3 @@ class _Training:
         new = {id(parameter) for part in renewed for parameter in part.parameters()}
         own = frozenset(place for place, parameter in enumerate(parameters) if id(parameter) in new)
         return _Attacker(model, optimizer, own, drawn["life"], drawn=drawn)
-
-    def _score(self, model: ModelHandle) -> float:
-        training = model.module.training
-        model.module.eval()
-        scores = model.scores(self._policy.retain.dataset, "guard", limit=2_000)
-        model.module.train(training)
-        return sum(scores) / len(scores)
-
-    def _seed(self, purpose: str) -> int:
-        return random.Random(f"{self._policy.seed}/{self.step}/{purpose}").getrandbits(31)  # noqa: S311
-
-
-def _split(batch: Batch, size: int) -> tuple[Batch, Batch]:
-    first = {name: value[:size] for name, value in batch.items()}
-    return first, {name: value[size:] for name, value in batch.items()}
-
-
-def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)

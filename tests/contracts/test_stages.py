@@ -5,11 +5,12 @@ from pathlib import Path
 import pico
 import pytest
 import torch
+from workspaces import quiet
 
 from release_guard.modalities import Modality
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
-from release_guard.stages import Stage, Workspace
+from release_guard.stages import Stage
 
 QUICK = {"sophon": {"outer_steps": 3, "batch": 16, "query": 16, "ntr_batch": 16, "tail_steps": 2}}
 
@@ -23,7 +24,7 @@ def test_a_stage_leaves_its_input_and_gives_finite_weights_of_the_same_shapes(
     before = model.state()
     stage = Stage.build(Spec(name=name, **QUICK.get(name, {})))
     assert stage.paper.startswith("https://")
-    immunized = stage.immunize(model, policy, Workspace(tmp_path, lambda *_: None))
+    immunized = stage.immunize(model, policy, quiet(tmp_path))
     after, changed = model.state(), immunized.state()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert {key: value.shape for key, value in changed.items()} == {
@@ -46,10 +47,8 @@ def test_a_stage_is_deterministic_given_the_seed(
 
     def state(folder: str, seed: int) -> dict[str, torch.Tensor]:
         directory = tmp_path / folder
-        directory.mkdir()
         seeded = policy.model_copy(update={"seed": seed})
-        workspace = Workspace(directory, lambda *_: None)
-        return stage.immunize(model, seeded, workspace).state()
+        return stage.immunize(model, seeded, quiet(directory)).state()
 
     first, again, other = state("a", 1), state("b", 1), state("c", 2)
     assert all(torch.equal(first[key], again[key]) for key in first)
