@@ -79,6 +79,24 @@ class Pipeline:
         embedded: Tensor = self.network.text_encoder(tokens_NL).last_hidden_state
         return embedded
 
+    def latents(self, pixels: Tensor) -> Tensor:
+        """What is denoised for pictures in [-1, 1] (N, *latent_shape), without gradients."""
+        vae = self.network.vae
+        with torch.no_grad():
+            means: Tensor = vae.encode(pixels).latent_dist.mode()
+        return means * vae.config.scaling_factor
+
+    def predicted(
+        self, latents: Tensor, tokens_NL: Tensor, timesteps_N: Tensor, noise: Tensor
+    ) -> Tensor:
+        """What the UNet finds in latents with noise (N, *latent_shape): the noise or a velocity."""
+        noisy = self.scheduler.add_noise(latents, noise, timesteps_N)
+        context_NLF = self.embed(tokens_NL)
+        found: Tensor = self.network.unet(
+            noisy, timesteps_N, encoder_hidden_states=context_NLF
+        ).sample
+        return found
+
     def errors(
         self, pixels: Tensor, tokens_NL: Tensor, timesteps_N: Tensor, noise: Tensor
     ) -> Tensor:
@@ -93,12 +111,8 @@ class Pipeline:
             timesteps_N: How much noise.
             noise: Which (N, *latent_shape).
         """
-        vae = self.network.vae
-        with torch.no_grad():
-            latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-        noisy = self.scheduler.add_noise(latents, noise, timesteps_N)
-        context_NLF = self.embed(tokens_NL)
-        found = self.network.unet(noisy, timesteps_N, encoder_hidden_states=context_NLF).sample
+        latents = self.latents(pixels)
+        found = self.predicted(latents, tokens_NL, timesteps_N, noise)
         is_velocity = self.scheduler.config.prediction_type == "v_prediction"
         wanted = self.scheduler.get_velocity(latents, noise, timesteps_N) if is_velocity else noise
         errors_N: Tensor = (found - wanted).square().flatten(start_dim=1).mean(dim=1)

@@ -145,6 +145,13 @@ class Painter(ModelHandle):
         """Embeddings of the words that `renamed` added."""
 
     @abstractmethod
+    def predicted(self, batch: Batch) -> Tensor:
+        """What the UNet finds in a batch's noisy latents under its prompts: (N, *latent).
+
+        Differentiable; the noise, or the velocity where the model was trained on that.
+        """
+
+    @abstractmethod
     def renamed(self, dataset: str, *, template: str, length: int, seed: int) -> Self:
         """A copy that calls what a data set shows by new words, of random meaning.
 

@@ -83,6 +83,12 @@ class TextToImageModel(Painter):
         """Mean squared error of denoising, each picture's times its weight."""
         return (batch["weights"] * self._errors(batch)).mean()
 
+    def predicted(self, batch: Batch) -> Tensor:
+        pipeline = self._pipeline
+        return pipeline.predicted(
+            pipeline.latents(batch["pixels"]), batch["tokens"], batch["timesteps"], batch["noise"]
+        )
+
     def scores(self, dataset: str, split: Split, *, limit: int) -> Sequence[float]:
         data = self._pictures(dataset)
         rows = data.catalogue.rows(split)[:limit]

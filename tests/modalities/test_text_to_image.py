@@ -91,6 +91,20 @@ def test_epsilon_and_velocity_are_told_apart(
         load(folder)
 
 
+def test_the_loss_is_how_far_what_is_predicted_is_from_the_noise(
+    folder: Path, standing: Concept
+) -> None:
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "epsilon"}))
+    painter = load(folder)
+    batch = next(painter.batches(standing.dataset, "immunize", size=6, seed=0))
+    predicted = painter.predicted(batch)
+    assert predicted.shape == batch["noise"].shape
+    torch.testing.assert_close((predicted - batch["noise"]).square().mean(), painter.loss(batch))
+    predicted.square().mean().backward()
+    assert all(weight.grad is not None for weight in painter.head.parameters())
+
+
 def test_weights_of_a_batch_scale_its_loss(painter: Painter, standing: Concept) -> None:
     batch = dict(next(painter.batches(standing.dataset, "attack", size=8, seed=0)))
     with torch.no_grad():
