@@ -360,9 +360,10 @@ class _Simulation(Training):
         attacker.optimizer.step()
         attacker.age += 1
         suppression = self._suppression(attacker.model, query)
-        found: Sequence[Tensor | None] = torch.autograd.grad(
-            suppression, attacker.parameters, allow_unused=True
-        )
+        attacker.optimizer.zero_grad(set_to_none=True)
+        suppression.backward()  # type: ignore[no-untyped-call]  # as below; sharded weights need it
+        found = [parameter.grad for parameter in attacker.parameters]
+        attacker.optimizer.zero_grad(set_to_none=True)
         return suppression.item(), [
             torch.zeros_like(parameter) if gradient is None or place in attacker.own else gradient
             for place, (gradient, parameter) in enumerate(
