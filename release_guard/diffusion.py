@@ -113,10 +113,26 @@ class Pipeline:
         """
         latents = self.latents(pixels)
         found = self.predicted(latents, tokens_NL, timesteps_N, noise)
-        is_velocity = self.scheduler.config.prediction_type == "v_prediction"
-        wanted = self.scheduler.get_velocity(latents, noise, timesteps_N) if is_velocity else noise
+        wanted = self.wanted(latents, timesteps_N, noise)
         errors_N: Tensor = (found - wanted).square().flatten(start_dim=1).mean(dim=1)
         return errors_N
+
+    def wanted(self, latents: Tensor, timesteps_N: Tensor, noise: Tensor) -> Tensor:
+        """What `predicted` should find (N, *latent_shape)."""
+        if not self.is_velocity:
+            return noise
+        velocity: Tensor = self.scheduler.get_velocity(latents, noise, timesteps_N)
+        return velocity
+
+    def min_snr(self, timesteps_N: Tensor, *, gamma: float) -> Tensor:
+        """Weights (N) of `min_snr_weights` at these levels of noise."""
+        signal_N = self.scheduler.alphas_cumprod.to(timesteps_N.device)[timesteps_N]
+        return min_snr_weights(signal_N, gamma=gamma, is_velocity=self.is_velocity)
+
+    @property
+    def is_velocity(self) -> bool:
+        """Whether the UNet finds velocities rather than the noise."""
+        return bool(self.scheduler.config.prediction_type == "v_prediction")
 
     def paint(self, tokens_NL: Tensor, noise: Tensor, *, steps: int, guidance: float) -> Tensor:
         """Pictures (N, channels, height, width) in [0, 1], by the library's own pipeline.
@@ -183,6 +199,21 @@ class Pipeline:
                 feature_extractor=None,
                 requires_safety_checker=False,
             )
+
+
+def min_snr_weights(signal_N: Tensor, *, gamma: float, is_velocity: bool) -> Tensor:
+    """Weights (N) that count every level of noise as an error of the picture, to at most `gamma`.
+
+    Hang et al. 2023 (arXiv 2303.09556), section 3.4: min(snr, gamma) / snr for a model that finds
+    the noise, min(snr, gamma) / (snr + 1) for velocities.
+
+    Args:
+        signal_N: Share of the variance that is signal, in (0, 1).
+        gamma: Largest signal-to-noise ratio that counts.
+        is_velocity: What the model finds.
+    """
+    snr_N = signal_N / (1 - signal_N)
+    return snr_N.clamp_max(gamma) / (snr_N + 1 if is_velocity else snr_N)
 
 
 class AddedWords(nn.Module):

@@ -152,6 +152,22 @@ class Painter(ModelHandle):
         """
 
     @abstractmethod
+    def wanted(self, batch: Batch) -> Tensor:
+        """What `predicted` should find there."""
+
+    @abstractmethod
+    def min_snr(self, batch: Batch, *, gamma: float) -> Tensor:
+        """Weights of its pictures' errors (N) by `diffusion.min_snr_weights`."""
+
+    @abstractmethod
+    def asked(self, batch: Batch, prompt: str) -> Batch:
+        """The same pictures and noise, all under this prompt; "" is none."""
+
+    @abstractmethod
+    def repainted(self, batch: Batch, *, seed: int) -> Batch:
+        """The same prompts and noise, with the pictures that it paints for these prompts."""
+
+    @abstractmethod
     def renamed(self, dataset: str, *, template: str, length: int, seed: int) -> Self:
         """A copy that calls what a data set shows by new words, of random meaning.
 

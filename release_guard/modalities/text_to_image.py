@@ -89,6 +89,21 @@ class TextToImageModel(Painter):
             pipeline.latents(batch["pixels"]), batch["tokens"], batch["timesteps"], batch["noise"]
         )
 
+    def wanted(self, batch: Batch) -> Tensor:
+        latents = self._pipeline.latents(batch["pixels"])
+        return self._pipeline.wanted(latents, batch["timesteps"], batch["noise"])
+
+    def min_snr(self, batch: Batch, *, gamma: float) -> Tensor:
+        return self._pipeline.min_snr(batch["timesteps"], gamma=gamma)
+
+    def asked(self, batch: Batch, prompt: str) -> Batch:
+        tokens_1L = self._pipeline.tokens([prompt]).to(batch["tokens"].device)
+        return {**batch, "tokens": tokens_1L.expand_as(batch["tokens"])}
+
+    def repainted(self, batch: Batch, *, seed: int) -> Batch:
+        pixels = self._painted(batch["tokens"], self._starts(len(batch["tokens"]), seed))
+        return {**batch, "pixels": pixels * 2 - 1}
+
     def scores(self, dataset: str, split: Split, *, limit: int) -> Sequence[float]:
         data = self._pictures(dataset)
         rows = data.catalogue.rows(split)[:limit]
@@ -182,14 +197,7 @@ class TextToImageModel(Painter):
         return self._pipeline.embed(self._pipeline.tokens(prompts).to(self.device))
 
     def paint(self, prompts: Sequence[str], *, seed: int) -> Tensor:
-        shape = (len(prompts), *self._pipeline.latent_shape)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        with evaluating(self.module):
-            painted = [
-                self._painted(prompts[start : start + _TOGETHER], noise[start : start + _TOGETHER])
-                for start in range(0, len(prompts), _TOGETHER)
-            ]
-        return torch.cat(painted)
+        return self._painted(self._pipeline.tokens(prompts), self._starts(len(prompts), seed))
 
     def painted(self, prompt: str, *, count: int, size: int, seed: int) -> Iterator[Batch]:
         pixels = self.paint([prompt] * count, seed=seed) * 2 - 1
@@ -254,18 +262,30 @@ class TextToImageModel(Painter):
     def _prompt(self, data: Pictures, row: int) -> str:
         return self._prompts.get(data.labels[row], data.captions[row])
 
-    def _painted(self, prompts: Sequence[str], noise: Tensor) -> Tensor:
-        return self._pipeline.paint(
-            self._pipeline.tokens(prompts).to(self.device),
-            noise.to(self.device),
-            steps=self._modality.sampling_steps,
-            guidance=self._modality.guidance,
-        )
+    def _starts(self, count: int, seed: int) -> Tensor:
+        shape = (count, *self._pipeline.latent_shape)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def _painted(self, tokens_NL: Tensor, noise: Tensor) -> Tensor:
+        parts = zip(tokens_NL.split(_TOGETHER), noise.split(_TOGETHER), strict=True)
+        options, pipeline = self._modality, self._pipeline
+        with evaluating(self.module):
+            painted = [
+                pipeline.paint(
+                    some_NL.to(self.device),
+                    start.to(self.device),
+                    steps=options.sampling_steps,
+                    guidance=options.guidance,
+                )
+                for some_NL, start in parts
+            ]
+        return torch.cat(painted)
 
     def _recognised(self, judge: Judge, data: Pictures, rows: Sequence[int]) -> Tensor:
         """Whether the judge sees in a painted picture what the caption stands for (N)."""
         noise = torch.cat([self._noise(data, row, count=1) for row in rows])
-        pixels = self._painted([self._prompt(data, row) for row in rows], noise).cpu()
+        tokens_NL = self._pipeline.tokens([self._prompt(data, row) for row in rows])
+        pixels = self._painted(tokens_NL, noise).cpu()
         is_finite_N = pixels.isfinite().flatten(start_dim=1).all(dim=1)
         labels_N = torch.tensor([data.labels[row] for row in rows])
         right_N = (judge.classes(pixels.nan_to_num()) == labels_N).double()

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ResNetForImageClassification
 
 from release_guard.attacks import Attack
+from release_guard.diffusion import min_snr_weights
 from release_guard.errors import ModelError
 from release_guard.modalities import Painter
 from release_guard.modalities.text_to_image import TextToImage
@@ -103,6 +104,33 @@ def test_the_loss_is_how_far_what_is_predicted_is_from_the_noise(
     torch.testing.assert_close((predicted - batch["noise"]).square().mean(), painter.loss(batch))
     predicted.square().mean().backward()
     assert all(weight.grad is not None for weight in painter.head.parameters())
+
+
+def test_a_batch_keeps_its_noise_under_another_prompt_and_with_painted_pictures(
+    painter: Painter, standing: Concept
+) -> None:
+    batch = next(painter.batches(standing.dataset, "immunize", size=6, seed=0))
+    asked, painted = painter.asked(batch, "a photo of ash"), painter.repainted(batch, seed=3)
+    assert torch.equal(asked["noise"], batch["noise"])
+    torch.testing.assert_close(
+        painter.embed(["a photo of ash"]), painter.text_encoder(asked["tokens"][:1])[0]
+    )
+    assert torch.equal(painted["tokens"], batch["tokens"])
+    again = painter.repainted(asked, seed=3)["pixels"]
+    torch.testing.assert_close(again, painter.paint(["a photo of ash"] * 6, seed=3) * 2 - 1)
+    assert not torch.allclose(again, painted["pixels"], atol=1e-3)
+
+
+@pytest.mark.parametrize("is_velocity", [False, True])
+def test_min_snr_weights_count_errors_of_the_picture_up_to_gamma(is_velocity: bool) -> None:
+    signal_N = torch.tensor([0.999, 0.9, 0.5, 0.01], dtype=torch.float64)
+    # an error d of the noise is an error d^2 / snr of the picture, one of the velocity d^2 / (snr
+    # + 1): Salimans and Ho 2022, appendix D
+    snr_N = signal_N / (1 - signal_N)
+    of_the_picture_N = (1 - signal_N) / signal_N if not is_velocity else 1 - signal_N
+    wanted_N = of_the_picture_N * torch.minimum(snr_N, torch.tensor(5.0))
+    found_N = min_snr_weights(signal_N, gamma=5.0, is_velocity=is_velocity)
+    torch.testing.assert_close(found_N, wanted_N)
 
 
 def test_weights_of_a_batch_scale_its_loss(painter: Painter, standing: Concept) -> None:
