@@ -9,21 +9,23 @@ reinforcement, NTR). Shapes: N examples, C classes, F features.
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from release_guard.adaptation import renew_blocks
+from release_guard.adaptation import Randomness
 from release_guard.errors import ImmunizationError
 from release_guard.immunization import Training, divided, update
-from release_guard.modalities import Batch, ModelHandle
-from release_guard.policy import Policy
+from release_guard.modalities import Batch, ModelHandle, Painter, evaluating
+from release_guard.policy import Concept, Policy
+from release_guard.simulation import Attacker, Drawn, Habits, has_own_head
 from release_guard.stages import TrainedStage, Workspace
+from release_guard.suppression import suppression
 
 Range = tuple[float, float]
 
@@ -41,14 +43,12 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "renew_share": 0.0,
         "batch": 135,
         "query": 15,
-        "ice": 1.0,
-        "klu": 0.0,
-        "probe": 0.0,
         "alpha": 3e-4,
         "beta": 5e-4,
         "final_lr": 1.0,
         "ntr_steps": 1,
         "ntr_batch": 150,
+        "ntr_clip": None,
         "distill": 0.0,
         "tail_steps": 0,
     },
@@ -66,28 +66,52 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "renew_share": 0.25,
         "batch": 128,
         "query": 32,
-        "ice": 0.0,
-        "klu": 1.0,
-        "probe": 1.0,
         "alpha": 3.1e-3,
         "beta": 2e-3,
         "final_lr": 0.1,
         "ntr_steps": 4,
         "ntr_batch": 32,
+        "ntr_clip": 1.0,
         "distill": 1.0,
         "tail_steps": 1_200,
     },
 }
+_LOSSES: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+    "paper": {
+        "image_classification": {"ice": 1.0},
+        "causal_lm": {"klu": 1.0},
+        "text_to_image": {"dos": 1.0},
+    },
+    "hardened": {
+        "image_classification": {"klu": 1.0, "probe": 1.0},
+        "causal_lm": {"klu": 1.0},
+        "text_to_image": {"dos": 1.0},
+    },
+}
+"""Weights of the suppression losses, by variant and kind of model, that are not given."""
+_OF_LABELS = ("ice", "ice_released", "klu", "probe")
+_HABITS = (
+    "horizon",
+    "adam_share",
+    "adam_lr",
+    "sgd_lr",
+    "momentum",
+    "reinit_share",
+    "renew_share",
+)
 _TEMPERATURE = 2.0  # of the distillation
-_PROBE_RIDGE = 0.1  # relative to the mean variance of the features
 _MOST_PROBED = 1_000  # classes; beyond, as in a vocabulary, a ridge probe makes no sense
+_TRIAL = Drawn(adam=True, lr=1e-3, new_head=True, life=16)
+"""The attacker whose progress says how large the effect is."""
+_TRIAL_BATCH = 64
+_MEASURED = 256  # examples that the measures are taken on, at most
 
 
 class Sophon(TrainedStage):
     """Make fine-tuning on a restricted domain start from a bad place and stay there."""
 
     paper = "https://arxiv.org/abs/2404.12699"
-    modalities = ("image_classification", "causal_lm")
+    modalities = ("image_classification", "causal_lm", "text_to_image")
 
     variant: Literal["paper", "hardened"] = "hardened"
     """Sets every option that is not given: the paper's, or those that held under our sweep."""
@@ -108,19 +132,26 @@ class Sophon(TrainedStage):
     momentum: float = Field(ge=0, lt=1)
     """Of the SGD attackers."""
     reinit_share: float = Field(ge=0, le=1)
-    """Share of attackers that begin with a new head."""
+    """Share of attackers that begin with a new head; the paper's is 1 with ice, 0 with klu. Heads that
+    are tied to an embedding, or that paint, are kept."""
     renew_share: float = Field(ge=0, le=1)
     """Share of attackers that begin with new weights in the last one or two blocks."""
     batch: int = Field(ge=1)
     """Restricted examples of an attacker's step."""
     query: int = Field(ge=1)
     """Restricted examples the suppression loss is taken on, disjoint from that step's batch."""
-    ice: float = Field(ge=0)
-    """Weight of the inverse cross-entropy, -log(1 - p_label)."""
-    klu: float = Field(ge=0)
-    """Weight of KL(uniform || p)."""
-    probe: float = Field(ge=0)
+    ice: float | None = Field(None, ge=0)
+    """Weight of the inverse cross-entropy, -log(1 - p_label). Of this and the next four, those not
+    given are: `paper` ice, `hardened` klu and probe, both klu for language models and dos for
+    text-to-image models."""
+    ice_released: float | None = Field(None, ge=0)
+    """Weight of what the authors' code has in its place, the cross-entropy of -logits."""
+    klu: float | None = Field(None, ge=0)
+    """Weight of KL(uniform || p); of a language model at every token."""
+    probe: float | None = Field(None, ge=0)
     """Weight of the variance of the labels that a ridge probe on the features explains."""
+    dos: float | None = Field(None, ge=0)
+    """Weight of the squared norm of what a text-to-image model predicts for noisy pictures."""
     alpha: float = Field(gt=0)
     """Learning rate of the suppression, Adam."""
     beta: float = Field(gt=0)
@@ -133,6 +164,8 @@ class Sophon(TrainedStage):
     """Reinforcement steps per outer step."""
     ntr_batch: int = Field(ge=1)
     """Retained examples of such a step."""
+    ntr_clip: Annotated[float, Field(gt=0)] | None
+    """Norm its gradient is clipped to; none: any."""
     distill: float = Field(ge=0)
     """Weight of staying close to the base model's outputs on retained examples."""
     tail_steps: int = Field(ge=0)
@@ -154,98 +187,101 @@ class Sophon(TrainedStage):
     def check(self, model: ModelHandle, policy: Policy) -> None:
         if not policy.concepts:
             raise ImmunizationError("sophon: the policy names no concept; add one, or leave it out")
-        if self.probe and model.head.out_features > _MOST_PROBED:
+        unfit = _OF_LABELS if isinstance(model, Painter) else ("dos",)
+        weights = self.weights(policy)
+        if wrong := [name for name in unfit if weights.get(name)]:
+            kind = policy.modality.name
+            raise ImmunizationError(
+                f"sophon: `{wrong[0]}` is no loss of {kind} models; leave it out"
+            )
+        if weights.get("probe") and model.head.out_features > _MOST_PROBED:
             raise ImmunizationError(
                 f"sophon: `probe` works up to {_MOST_PROBED} classes, this head has "
                 f"{model.head.out_features}; set probe = 0"
             )
 
+    def caveats(self, model: ModelHandle, policy: Policy) -> Sequence[str]:
+        del policy
+        if not self.reinit_share or isinstance(model, Painter) or has_own_head(model):
+            return ()
+        return ("the simulated attackers never began with a new head: it is tied to an embedding",)
+
+    def weights(self, policy: Policy) -> Mapping[str, float]:
+        """The suppression losses that count, by name."""
+        given = {name: getattr(self, name) for name in (*_OF_LABELS, "dos")}
+        usual = _LOSSES[self.variant][policy.modality.name]
+        meant = {
+            name: usual.get(name, 0.0) if weight is None else weight
+            for name, weight in given.items()
+        }
+        return {name: weight for name, weight in meant.items() if weight}
+
     def training(self, model: ModelHandle, policy: Policy, workspace: Workspace) -> Training:
         return _Simulation(self, model, policy, workspace.workers)
 
     def effect(self, base: ModelHandle, immunized: ModelHandle, policy: Policy) -> float:
-        """By how much KL(uniform || p) on the restricted examples fell."""
-        measures = self.measure(base, immunized, policy)
-        names = [f"KL(uniform || p) on {concept.name}" for concept in policy.concepts]
-        falls = [measures[f"{name}, base"] - measures[f"{name}, immunized"] for name in names]
-        return sum(falls) / len(falls)
+        """By how much more task loss a short attack, always the same, is left with."""
+        with Randomness(policy.seed, base.device).used():
+            left = [
+                _left_by_trial(immunized, concept, policy.seed)
+                - _left_by_trial(base, concept, policy.seed)
+                for concept in policy.concepts
+            ]
+        return sum(left) / len(left)
 
     def measure(
         self, base: ModelHandle, immunized: ModelHandle, policy: Policy
     ) -> Mapping[str, float]:
-        """Suppression losses before and after, and the retained score on the guard split."""
+        """Suppression losses, task loss, retained score before and after; how far layers moved."""
         figures = {}
-        for name, handle in (("base", base), ("immunized", immunized)):
-            model = handle.copy()
-            model.module.eval()
-            scores = model.scores(policy.retain.dataset, "guard", limit=500)
-            figures[f"retained score, {name}"] = sum(scores) / len(scores)
-            for concept in policy.concepts:
-                batch = next(model.batches(concept.dataset, "immunize", size=self.query, seed=0))
-                with torch.no_grad():
-                    logits_NC, labels_N = model.logits(batch)
-                figures[f"KL(uniform || p) on {concept.name}, {name}"] = float(klu(logits_NC))
-                figures[f"inverse cross-entropy on {concept.name}, {name}"] = float(
-                    ice(logits_NC, labels_N)
-                )
+        for name, model in (("base", base), ("immunized", immunized)):
+            with evaluating(model.module):
+                scores = model.scores(policy.retain.dataset, "guard", limit=500)
+                figures[f"retained score, {name}"] = sum(scores) / len(scores)
+                for concept in policy.concepts:
+                    size = min(self.batch + self.query, _MEASURED)
+                    batch = next(model.batches(concept.dataset, "immunize", size=size, seed=0))
+                    figures[f"task loss on {concept.name}, {name}"] = model.loss(batch).item()
+                    for loss in ("dos",) if isinstance(model, Painter) else ("ice", "klu"):
+                        value, _ = suppression(model, batch, {loss: 1.0})
+                        figures[f"{loss} on {concept.name}, {name}"] = value.item()
+        figures |= {
+            f"relative change, {part}": far for part, far in _moved(base, immunized).items()
+        }
         return {name: round(value, 4) for name, value in figures.items()}
 
 
-def ice(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
-    """Inverse cross-entropy -log(1 - p_label), mean; finite at any margin.
-
-    Source: arXiv 2404.12699; as logsumexp(z) - logsumexp(z without the label), since the literal
-    form is infinite in fp32 from a margin near 20. Its gradient vanishes as p_label -> 0.
-    """
-    others_NC = logits_NC.scatter(1, labels_N[:, None], float("-inf"))
-    return (logits_NC.logsumexp(dim=1) - others_NC.logsumexp(dim=1)).mean()
-
-
-def klu(logits_NC: Tensor) -> Tensor:
-    """KL(uniform || p), mean: zero iff every prediction is uniform.
-
-    Source: arXiv 2404.12699. Gradient at the logits: p_i - 1/C.
-    """
-    num_classes = logits_NC.shape[1]
-    log_p_NC: Tensor = logits_NC.log_softmax(dim=1)
-    return -(log_p_NC.mean(dim=1) + math.log(num_classes)).mean()
+def _left_by_trial(model: ModelHandle, concept: Concept, seed: int) -> float:
+    """Task loss on fresh restricted examples after the attack that measures the effect."""
+    attacker = Attacker.of(model, replace(_TRIAL, new_head=has_own_head(model)), seed=seed)
+    batches = model.batches(concept.dataset, "immunize", size=2 * _TRIAL_BATCH, seed=seed)
+    held_out = []
+    while not attacker.is_done:
+        inner, outer = divided(next(batches), _TRIAL_BATCH)
+        attacker.step(inner)
+        held_out.append(outer)
+    with evaluating(attacker.model.module):
+        return attacker.model.loss(held_out[0]).item()
 
 
-def probe_explains(features_NF: Tensor, labels_N: Tensor, *, num_classes: int) -> Tensor:
-    """Share in [0, 1) of the labels' variance that a ridge probe on the features explains.
-
-    The closed-form linear-probe attacker, differentiable in the features; invariant to their scale
-    and rotation. With one label only there is nothing to explain: zero.
-    """
-    centred_NF = features_NF - features_NF.mean(dim=0)
-    labels_NC = nn.functional.one_hot(labels_N, num_classes).to(features_NF.dtype)
-    labels_NC = labels_NC - labels_NC.mean(dim=0)
-    total = labels_NC.square().sum()
-    if total == 0:
-        return (features_NF * 0).sum()
-    gram_FF = centred_NF.T @ centred_NF
-    ridge = _PROBE_RIDGE * gram_FF.diagonal().mean() + torch.finfo(gram_FF.dtype).tiny
-    cross_FC = centred_NF.T @ labels_NC
-    identity_FF = torch.eye(len(gram_FF), dtype=gram_FF.dtype, device=gram_FF.device)
-    solved_FC: Tensor = torch.linalg.solve(gram_FF + ridge * identity_FF, cross_FC)
-    return (cross_FC * solved_FC).sum() / total
-
-
-@dataclass
-class _Attacker:
-    """A simulated attacker: the released weights plus its own displacement, which it carries on."""
-
-    model: ModelHandle
-    optimizer: torch.optim.Optimizer
-    own: frozenset[int]
-    """Places of the parameters that it began anew: no function of the released ones."""
-    life: int
-    age: int = 0
-    drawn: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.model.module.parameters())
+def _moved(base: ModelHandle, immunized: ModelHandle) -> Mapping[str, float]:
+    """How far each block, the head and all else moved, relative to their norms (L2)."""
+    before, after = dict(base.module.named_parameters()), dict(immunized.module.named_parameters())
+    layers = {f"block {place}": block for place, block in enumerate(base.blocks)}
+    names = {id(parameter): name for name, parameter in before.items()}
+    parts = {
+        part: [names.pop(id(one)) for one in layer.parameters() if id(one) in names]
+        for part, layer in {**layers, "head": base.head}.items()
+    }
+    parts["the rest"] = list(names.values())
+    return {
+        part: math.sqrt(
+            sum((after[name] - before[name]).square().sum().item() for name in some)
+            / sum(before[name].square().sum().item() for name in some)
+        )
+        for part, some in parts.items()
+        if some
+    }
 
 
 class _Simulation(Training):
@@ -254,16 +290,20 @@ class _Simulation(Training):
     def __init__(self, options: Sophon, base: ModelHandle, policy: Policy, workers: int) -> None:
         super().__init__(options.name, options.model_dump_json(), base, policy)
         self._options = options
+        self._habits = Habits(**{name: getattr(options, name) for name in _HABITS})
+        self._weights = options.weights(policy)
+        self._own_head = has_own_head(self.theta)
         self._workers = workers
         self._spare_cores = torch.get_num_threads() == 1 and base.device.type == "cpu"
         self._draws_nothing = False  # not known yet
         self._parameters = list(self.theta.module.parameters())
         self._suppress = torch.optim.Adam(self._parameters, lr=options.alpha, fused=True)
         self._reinforce = torch.optim.Adam(self._parameters, lr=options.beta, fused=True)
-        self._pool: list[_Attacker] = []
+        self._pool: list[Attacker] = []
 
     def advance(self) -> Mapping[str, float]:
         options = self._options
+        _hold_statistics(self.theta.module)
         tail = self.step - options.outer_steps
         if tail < 0:
             return self._outer_step()
@@ -271,30 +311,16 @@ class _Simulation(Training):
         return {"retained loss": self._reinforce_once(rate)}
 
     def changing(self) -> dict[str, Any]:
-        attackers = [
-            {
-                "model": attacker.model.state(),
-                "optimizer": attacker.optimizer.state_dict(),
-                "drawn": attacker.drawn,
-                "age": attacker.age,
-            }
-            for attacker in self._pool
-        ]
         return {
             "suppress": self._suppress.state_dict(),
             "reinforce": self._reinforce.state_dict(),
-            "attackers": attackers,
+            "attackers": [attacker.kept() for attacker in self._pool],
         }
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         self._suppress.load_state_dict(kept["suppress"])
         self._reinforce.load_state_dict(kept["reinforce"])
-        for one in kept["attackers"]:
-            attacker = self._attacker(one["drawn"], seed=0)
-            attacker.model.load_state(one["model"])
-            attacker.optimizer.load_state_dict(one["optimizer"])
-            attacker.age = one["age"]
-            self._pool.append(attacker)
+        self._pool = [Attacker.again(self.theta, one) for one in kept["attackers"]]
 
     def _outer_step(self) -> Mapping[str, float]:
         options = self._options
@@ -305,42 +331,47 @@ class _Simulation(Training):
             self._reinforce_once(options.beta * fade, turn=turn)
             for turn in range(options.ntr_steps)
         ]
-        self._carry(before)
+        moves = [new.detach() - old for new, old in zip(self._parameters, before, strict=True)]
+        for attacker in self._pool:
+            attacker.ride(moves)
         losses = {"suppression": suppressed, "retained loss": retained}
         return {name: sum(found) / len(found) for name, found in losses.items() if found}
 
     def _suppress_step(self, rate: float) -> list[float]:
+        """FTS: one update down the mean of the attackers' gradients, weighted by their rows."""
         options = self._options
         total = [torch.zeros_like(parameter) for parameter in self._parameters]
-        losses = []
+        losses, rows = [], 0
         for start in range(0, options.advance, options.attackers):  # each attacker once in a round
             turns = range(start, min(start + options.attackers, options.advance))
             attackers = [self._next_attacker(turn) for turn in turns]
-            for attacker, (loss, gradients) in zip(
+            for attacker, (loss, num, gradients) in zip(
                 attackers, self._attack_all(attackers, turns), strict=True
             ):
                 if not math.isfinite(loss):  # it ruined itself; the next starts afresh
-                    attacker.age = attacker.life
+                    attacker.life = attacker.age
                     continue
                 losses.append(loss)
-                torch._foreach_add_(total, gradients)
+                rows += num
+                torch._foreach_add_(total, gradients, alpha=num)
         if not losses:
             return losses
         for parameter, gradient in zip(self._parameters, total, strict=True):
-            parameter.grad = gradient / len(losses)
+            parameter.grad = gradient / rows
         nn.utils.clip_grad_norm_(self._parameters, options.clip)
         update(self._suppress, rate)
         return losses
 
     def _attack_all(
-        self, attackers: Sequence[_Attacker], turns: Sequence[int]
-    ) -> Sequence[tuple[float, list[Tensor]]]:
+        self, attackers: Sequence[Attacker], turns: Sequence[int]
+    ) -> Sequence[tuple[float, int, list[Tensor]]]:
         """One step of each, at once where one thread an operation leaves cores free.
 
         Models that draw random numbers (dropout) share torch's one stream of them, so they step in
-        order; the first round finds out.
+        order; the first round finds out. Lower precision is this thread's alone.
         """
-        if self._spare_cores and self._draws_nothing and self._workers > 1:
+        alone = torch.is_autocast_enabled("cpu") or not self._spare_cores
+        if self._draws_nothing and self._workers > 1 and not alone:
             with ThreadPoolExecutor(self._workers) as threads:
                 return list(threads.map(self._attack_once, attackers, turns))
         before = torch.get_rng_state()
@@ -348,43 +379,16 @@ class _Simulation(Training):
         self._draws_nothing = torch.equal(before, torch.get_rng_state())
         return found
 
-    def _attack_once(self, attacker: _Attacker, turn: int) -> tuple[float, list[Tensor]]:
-        """One attacker step, then the suppression loss and its gradient at the stepped weights."""
+    def _attack_once(self, attacker: Attacker, turn: int) -> tuple[float, int, list[Tensor]]:
+        """One attacker step, then the suppression loss, its rows and gradient where it stepped."""
         options = self._options
-        concept = self.policy.concepts[attacker.drawn["concept"]]
+        concept = self.policy.concepts[attacker.drawn.concept]
         size = options.batch + options.query
         batch = self.batch(concept.dataset, "immunize", size=size, purpose=f"restricted/{turn}")
         inner, query = divided(batch, options.batch)
-        attacker.optimizer.zero_grad(set_to_none=True)
-        attacker.model.loss(inner).backward()  # type: ignore[no-untyped-call]  # as below
-        attacker.optimizer.step()
-        attacker.age += 1
-        suppression = self._suppression(attacker.model, query)
-        attacker.optimizer.zero_grad(set_to_none=True)
-        suppression.backward()  # type: ignore[no-untyped-call]  # as below; sharded weights need it
-        found = [parameter.grad for parameter in attacker.parameters]
-        attacker.optimizer.zero_grad(set_to_none=True)
-        return suppression.item(), [
-            torch.zeros_like(parameter) if gradient is None or place in attacker.own else gradient
-            for place, (gradient, parameter) in enumerate(
-                zip(found, attacker.parameters, strict=True)
-            )
-        ]
-
-    def _suppression(self, model: ModelHandle, query: Batch) -> Tensor:
-        options = self._options
-        features_NF, labels_N = model.features(query)
-        logits_NC = model.head(features_NF)
-        loss: Tensor = logits_NC.new_zeros(())
-        if options.ice:
-            loss = loss + options.ice * ice(logits_NC, labels_N)
-        if options.klu:
-            loss = loss + options.klu * klu(logits_NC)
-        if options.probe:
-            loss = loss + options.probe * probe_explains(
-                features_NF, labels_N, num_classes=logits_NC.shape[1]
-            )
-        return loss
+        attacker.step(inner)
+        loss, rows = suppression(attacker.model, query, self._weights)
+        return loss.item(), rows, attacker.gradients(loss)
 
     def _reinforce_once(self, rate: float, *, turn: int = 0) -> float:
         """Normal training reinforcement: the task loss, and closeness to the base's outputs."""
@@ -396,84 +400,60 @@ class _Simulation(Training):
             purpose=f"retained/{turn}",
             passes=4 / 3 if options.distill else 1,
         )
-        logits_NC, labels_N = self.theta.logits(batch)
-        task = nn.functional.cross_entropy(logits_NC, labels_N)
-        loss = task
         if options.distill:
-            loss = loss + options.distill * self._distance(batch, logits_NC)
+            task, distance = self._retained(batch)
+            loss = task + options.distill * distance
+        else:
+            loss = task = self.theta.loss(batch)
         self._reinforce.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        torch.autograd.backward(loss)
+        if options.ntr_clip is not None:
+            nn.utils.clip_grad_norm_(self._parameters, options.ntr_clip)
         update(self._reinforce, rate)
         return task.item()
 
-    def _distance(self, batch: Batch, logits_NC: Tensor) -> Tensor:
-        """Distillation from the base model: KL at temperature 2, scaled back by its square."""
+    def _retained(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Task loss, and distance from the base's outputs: an MSE, or KL at temperature 2."""
+        if isinstance(self.theta, Painter) and isinstance(self.base, Painter):
+            with torch.no_grad():
+                wanted = self.base.predicted(batch)
+            return self.theta.loss(batch), (self.theta.predicted(batch) - wanted).square().mean()
         with torch.no_grad():
             wanted_NC, _ = self.base.logits(batch)
-        return _TEMPERATURE**2 * nn.functional.kl_div(
+        logits_NC, labels_N = self.theta.logits(batch)
+        distance = _TEMPERATURE**2 * nn.functional.kl_div(  # scaled back by its square
             (logits_NC / _TEMPERATURE).log_softmax(dim=1),
             (wanted_NC / _TEMPERATURE).softmax(dim=1),
             reduction="batchmean",
         )
+        return nn.functional.cross_entropy(logits_NC, labels_N), distance
 
-    def _carry(self, before: Sequence[Tensor]) -> None:
-        """Attackers ride on the released weights: what those moved, they move too."""
-        with torch.no_grad():
-            for attacker in self._pool:
-                moves = zip(self._parameters, before, attacker.parameters, strict=True)
-                for place, (parameter, old, theirs) in enumerate(moves):
-                    if place not in attacker.own:
-                        theirs.add_(parameter - old)
-
-    def _next_attacker(self, turn: int) -> _Attacker:
+    def _next_attacker(self, turn: int) -> Attacker:
         place = (self.step * self._options.advance + turn) % self._options.attackers
         if place == len(self._pool):
             attacker = self._fresh_attacker(turn)
             # ages are staggered, so that every moment of an attack is always present
             share = (place + 1) / self._options.attackers
-            attacker.life = attacker.drawn["life"] = max(1, round(attacker.life * share))
+            attacker.life = max(1, round(attacker.life * share))
             self._pool.append(attacker)
-        elif self._pool[place].age >= self._pool[place].life:
+        elif self._pool[place].is_done:
             self._pool[place] = self._fresh_attacker(turn)
         return self._pool[place]
 
-    def _fresh_attacker(self, turn: int) -> _Attacker:
-        options = self._options
+    def _fresh_attacker(self, turn: int) -> Attacker:
         chance = random.Random(self.seed(f"attacker/{turn}"))  # noqa: S311
-        adam = chance.random() < options.adam_share
-        low, high = options.adam_lr if adam else options.sgd_lr
-        drawn = {
-            "adam": adam,
-            "lr": math.exp(chance.uniform(math.log(low), math.log(high))),
-            "new_head": chance.random() < options.reinit_share,
-            "new_blocks": self._new_blocks(chance),
-            "life": chance.randint(*options.horizon),
-            "concept": chance.randrange(len(self.policy.concepts)),
-        }
-        return self._attacker(drawn, seed=self.seed(f"head/{turn}"))
-
-    def _new_blocks(self, chance: random.Random) -> int:
-        if chance.random() >= self._options.renew_share:
-            return 0
-        return chance.randint(1, min(2, len(self.theta.blocks)))
-
-    def _attacker(self, drawn: dict[str, Any], *, seed: int) -> _Attacker:
-        model = self.theta.copy()
-        renewed: list[nn.Module] = []
-        if drawn["new_head"]:
-            model.reinit_head(seed=seed)
-            renewed.append(model.head)
-        if drawn["new_blocks"]:
-            renew_blocks(model, drawn["new_blocks"], seed=seed)
-            renewed += model.blocks[-drawn["new_blocks"] :]
-        model.module.train()
-        parameters = list(model.module.parameters())
-        optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam(parameters, lr=drawn["lr"], fused=True)
-            if drawn["adam"]
-            else torch.optim.SGD(parameters, lr=drawn["lr"], momentum=self._options.momentum)
+        drawn = self._habits.draw(
+            num_concepts=len(self.policy.concepts),
+            num_blocks=len(self.theta.blocks),
+            own_head=self._own_head,
+            chance=chance,
         )
-        new = {id(parameter) for part in renewed for parameter in part.parameters()}
-        own = frozenset(place for place, parameter in enumerate(parameters) if id(parameter) in new)
-        return _Attacker(model, optimizer, own, drawn["life"], drawn=drawn)
+        return Attacker.of(self.theta, drawn, seed=self.seed(f"head/{turn}"))
+
+
+def _hold_statistics(module: nn.Module) -> None:
+    """Normalise by the running statistics as they are: what is released keeps the base's."""
+    parts: Iterator[nn.Module] = module.modules()
+    for part in parts:
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.eval()

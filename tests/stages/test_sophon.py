@@ -16,7 +16,8 @@ from release_guard.modalities import Modality, ModelHandle
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.stages import Stage
-from release_guard.stages.sophon import Sophon, ice, klu, probe_explains
+from release_guard.stages.sophon import Sophon
+from release_guard.suppression import ice, klu, probe_explains
 
 SMALL = {
     "outer_steps": 4,
@@ -214,7 +215,7 @@ def test_immunizing_lowers_the_suppression_loss_an_attacker_meets(
     stage = Stage.build(Spec(name="sophon", **options))
     immunized = stage.immunize(model, policy, quiet(tmp_path / "w"))
     measures = stage.measure(model, immunized, policy)
-    name = "KL(uniform || p) on odd-angles"
+    name = "klu on odd-angles"
     assert measures[f"{name}, immunized"] < measures[f"{name}, base"]
 
 
