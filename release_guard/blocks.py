@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from release_guard import figures, wording
+from release_guard.composition import told
 from release_guard.draws import draws
 from release_guard.evidence import Arm, Evidence
 from release_guard.figures import Effort, Utility
@@ -29,6 +30,7 @@ _OVERVIEW = (
     "adaptive search",
 )
 _MOST_CHECKS = 20
+_STAGES = ("stage", "source", "training took", "effect, by its own measure")
 _UTILITY = ("precision", "U", "D", "loss", "95 % bound", "margin", "pairs")
 
 
@@ -52,7 +54,7 @@ def facts(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
 
 
 def results(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
-    """Every attack on both models, the cost multipliers, the utility."""
+    """What was done to the model, every attack on both, the cost multipliers, the utility."""
     unit = policy.red_team.budget.unit
     attacks = [
         _attack_row(place, label, efforts)
@@ -61,6 +63,7 @@ def results(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
     ]
     scores = ("attack", "target@precision", "ceiling", *_PAIR, "on fresh seeds")
     return (
+        f"{_stages(evidence)}"
         "### Attacks\n\n"
         "U is the undefended model, D the defended one. Score: the highest within the budget. "
         f"BTB, budget to breach: the least cost over seeds, in {unit}; `>`: not reached by then. "
@@ -77,6 +80,23 @@ def results(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
         "### What it costs the retained skill\n\n"
         f"{_table(_UTILITY, [_utility_row(kept) for kept in figures.utilities(evidence, policy)])}"
     )
+
+
+def _stages(evidence: Evidence) -> str:
+    """What was done to the model, in order, and what each stage says it left out."""
+    rows = [
+        (_code(stage.name), _code(stage.paper), wording.effort(stage.cost), _plain(told(stage)))
+        for stage in evidence.stages
+    ]
+    if not rows:
+        return ""
+    caveats = [
+        f"- {_code(stage.name)}: {_plain(caveat)}\n"
+        for stage in evidence.stages
+        for caveat in stage.caveats
+    ]
+    left_out = f"\n{''.join(caveats)}" if caveats else ""
+    return f"### Stages\n\n{_table(_STAGES, rows)}{left_out}\n"
 
 
 def _attack_row(place: Place, label: str, efforts: Sequence[Effort | None]) -> Sequence[str]:

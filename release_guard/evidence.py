@@ -15,6 +15,8 @@ from release_guard.policy import Budget, Precision, Unit
 
 SUITE = "2.0"  # version of attacks, splits and rules together; part of every trial's key
 
+SCHEMA: Literal[2] = 2  # of evidence; 1 knew no effects of stages
+
 Arm = Literal["undefended", "defended", "never_knew", "sham", "ancestor"]
 Ending = Literal["breached", "survived", "collapsed", "failed"]
 Origin = Literal["listed", "tuned", "drawn", "searched", "confirming", "long_run"]
@@ -181,10 +183,15 @@ class Change(_Value):
 
 
 class Effect(_Value):
-    """How much of a stage's own effect was in the weights after a later stage, or after itself."""
+    """How much of a stage's own effect was in the weights after a later stage, or after itself.
+
+    Attributes:
+        after: Name of the stage after which it was looked at.
+        value: 0 in the model that the stage was given; None: what it gave was no finite number.
+    """
 
     after: str
-    value: float
+    value: float | None
 
 
 class StageReport(_Value):
@@ -210,11 +217,17 @@ class StageReport(_Value):
     caveats: tuple[str, ...] = ()
     effects: tuple[Effect, ...] = ()
 
+    @classmethod
+    def of(cls, *, measures: Mapping[str, float], caveats: Sequence[str], **others: Any) -> Self:
+        """A report whose measures are finite: of those that are not, a caveat tells."""
+        finite = {name: value for name, value in measures.items() if math.isfinite(value)}
+        strange = [f"{name}: not a finite number" for name in measures if name not in finite]
+        return cls(measures=finite, caveats=(*caveats, *strange), **others)
+
     def seen(self, after: str, value: float) -> Self:
         """The same, with one more look at its effect."""
-        return self.model_copy(
-            update={"effects": (*self.effects, Effect(after=after, value=value))}
-        )
+        look = Effect(after=after, value=value if math.isfinite(value) else None)
+        return self.model_copy(update={"effects": (*self.effects, look)})
 
 
 class Evidence(_Value):
@@ -233,11 +246,13 @@ class Evidence(_Value):
         planned: How many trials had to end; fewer records never pass.
         unattacked: Of the undefended and the defended model, at each concept and precision.
         retention: Utility at each precision.
+        stages: What each stage said of itself, in their order.
+        as_is: No stage was to be applied, whatever the policy lists.
         records: Every trial, in any order.
         environment: Hardware and versions.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = SCHEMA
     suite: str = SUITE
     tool: str
     policy: str
@@ -252,6 +267,7 @@ class Evidence(_Value):
     unattacked: tuple[Unattacked, ...] = ()
     retention: tuple[Retention, ...] = ()
     stages: tuple[StageReport, ...] = ()
+    as_is: bool = False
     records: tuple[Record, ...] = ()
     started_at: str
     finished_at: str

@@ -222,11 +222,13 @@ def bar(policy: Policy) -> tuple[tuple[str, str], ...]:
         if gate.sigma_lower is None
         else f"at least {wording.amount(gate.sigma_lower)}"
     )
+    left = wording.percent(gate.stage_effect_kept)
     return (
         ("budget of each attack", wording.cost(red.budget.limit, red.budget.unit)),
         ("kappa", f"at least {wording.amount(gate.kappa)}"),
         ("kappa, lower bound", f"at least {wording.amount(gate.kappa_lower)}"),
         ("sigma, lower bound", sigma),
+        *([("stage's effect left at the end", f"at least {left}")] if policy.stages else []),
         ("retained loss, upper bound", f"at most {wording.points(policy.retain.margin)}"),
         ("undefended seeds breached", f"at least {wording.percent(gate.control_share)}"),
         ("attacks that must be valid", ", ".join(gate.mandatory) or "none"),

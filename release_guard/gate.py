@@ -19,6 +19,7 @@ from statistics import fmean
 from release_guard.admission import admission
 from release_guard.arms import arms, searched
 from release_guard.claims import claim, not_tested
+from release_guard.composition import composition
 from release_guard.distributions import clopper_pearson
 from release_guard.evidence import Arm, Evidence, Retention
 from release_guard.policy import Policy, Precision
@@ -36,6 +37,7 @@ def gate(evidence: Evidence, policy: Policy) -> Verdict:
     multiplied, both = strengths(found, evidence), (*found, *merged)
     checks = (
         *admission(evidence, policy),
+        *composition(evidence, policy),
         *(_unattacked(place) for place in found),
         *(check for place in found for check in _attacked(place)),
         *(check for each in multiplied for check in _multiplied(each, evidence, policy)),

@@ -10,7 +10,7 @@ from release_guard.attacks import Attack
 from release_guard.attestation import attest
 from release_guard.card import Publication, card
 from release_guard.errors import IntegrityError, ModelError, PolicyError
-from release_guard.evidence import SUITE, Cost, Evidence, StageReport, canonical_json
+from release_guard.evidence import SCHEMA, SUITE, Cost, Evidence, StageReport, canonical_json
 from release_guard.gate import gate
 from release_guard.hubs import Hub
 from release_guard.ledger import Ledger
@@ -165,7 +165,17 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
         stages = _immunize(base, order.policy, run, session)
     immunized = modality.load(str(run.immunized))
     moved = _make_sham(base, immunized, run, order.policy, session)
-    return Subject(undefended, run.immunized, base, immunized, stages, moved, ancestor), run
+    subject = Subject(
+        undefended,
+        run.immunized,
+        base,
+        immunized,
+        stages,
+        moved,
+        ancestor,
+        as_is=order.as_is,
+    )
+    return subject, run
 
 
 def check_stages(base: "ModelHandle", policy: Policy) -> None:
@@ -339,11 +349,8 @@ def _finished(subject: Subject, run: Run, policy: Policy) -> Evidence | None:
     roots = [
         hash_directory(folder).payload.root for folder in (subject.undefended, subject.defended)
     ]
-    same = [known.base, known.immunized, known.policy, known.suite] == [
-        *roots,
-        policy.digest,
-        SUITE,
-    ]
+    about = [known.base, known.immunized, known.policy, known.suite, known.schema_version]
+    same = about == [*roots, policy.digest, SUITE, SCHEMA] and known.as_is == subject.as_is
     crashed = any(record.outcome.ending == "failed" for record in known.records)
     return known if same and not crashed else None
 
@@ -473,7 +480,7 @@ def _apply(
     )
     started = time.perf_counter()
     immunized = stage.immunize(model, policy, workspace)
-    report = StageReport(
+    report = StageReport.of(
         name=stage.name,
         paper=stage.paper,
         options=stage.model_dump(mode="json"),

@@ -110,6 +110,7 @@ class Subject:
         base: Loaded from `undefended`.
         immunized: Loaded from `defended`.
         stages: What the stages said of themselves.
+        as_is: No stage was to be applied.
         sham: Folder of a model moved as far to no purpose, if the policy asks for one.
         ancestor: Folder of the public ancestor; `undefended` if that is public itself.
     """
@@ -121,6 +122,7 @@ class Subject:
     stages: tuple[StageReport, ...] = ()
     sham: Path | None = None
     ancestor: Path | None = None
+    as_is: bool = False
 
     @property
     def folders(self) -> Folders:
@@ -470,6 +472,7 @@ def _evidence(team: _Team, started_at: str) -> Evidence:
         unattacked=team.unattacked,
         retention=retention,
         stages=subject.stages,
+        as_is=subject.as_is,
         records=tuple(team.records[key] for key in sorted(team.records)),
         started_at=started_at,
         finished_at=team.session.now().isoformat(),

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from release_guard import figures, wording
+from release_guard.composition import told
 from release_guard.evidence import Evidence, Origin
 from release_guard.figures import ARM_NAMES, ARMS, ENDINGS, ORIGINS, Effort
 from release_guard.page import Cell, bullets, folded, paragraph, section, subheading, table
@@ -132,21 +133,28 @@ def ledger(evidence: Evidence) -> str:
 
 def stages(evidence: Evidence) -> str:
     """What was done to the model before it was attacked."""
-    how = "The defence, in the order it was applied. Its own measures are reported, never judged."
+    how = (
+        "The defence, in the order it was applied. Its own measures are reported, never judged; of "
+        "its effect, by its own measure too, enough must be left after the last stage."
+    )
     rows = [
         (
             stage.name,
             Cell(stage.paper, "wide", link=stage.paper),
             Cell(_pairs(stage.options), "wide"),
             Cell(_pairs(stage.measures), "wide"),
+            Cell(told(stage), "wide"),
+            Cell(wording.effort(stage.cost), "wide"),
             wording.duration(stage.seconds),
         )
         for stage in evidence.stages
     ]
     if not rows:
         return section("Stages", "None: the model was judged as it is.")
-    head = ("stage", "source", "options", "its own measures", "took")
-    return section("Stages", how, table("Stages", head, rows))
+    head = ("stage", "source", "options", "its own measures", "effect", "training took", "took")
+    caveats = [f"{stage.name}: {each}" for stage in evidence.stages for each in stage.caveats]
+    left_out = [subheading("What the stages left out"), bullets(caveats)] if caveats else []
+    return section("Stages", how, table("Stages", head, rows), *left_out)
 
 
 def controls(evidence: Evidence, policy: Policy) -> str:

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+from typing import get_args
 
+from release_guard.evidence import Cost
 from release_guard.policy import HUB_PREFIX, Unit
 from release_guard.release import Interval, Strength
 from release_guard.statistics import Censored
@@ -28,6 +30,14 @@ def cost(value: float, unit: Unit) -> str:
     """An amount with its unit."""
     names = {"flops": "FLOPs", "seconds": "s"}
     return f"{amount(value)} {names.get(unit, unit)}"
+
+
+def effort(spent: Cost | None) -> str:
+    """What training took: `800 steps, 25,600 samples, 8e+08 FLOPs, 11 s`."""
+    if spent is None:
+        return "none counted"
+    units: tuple[Unit, ...] = get_args(Unit)
+    return ", ".join(cost(spent.of(unit), unit) for unit in units)
 
 
 def score(value: float | None) -> str:

@@ -12,6 +12,7 @@ from release_guard.evidence import (
     Arm,
     Change,
     Cost,
+    Effect,
     Ending,
     Evidence,
     Kept,
@@ -214,8 +215,12 @@ def evidence(policy: Policy, btb: Btb, /, **changes: Any) -> Evidence:
                     options=dict(stage.options),
                     measures={"suppression": 1.5},
                     seconds=12.0,
+                    cost=Cost(steps=800, samples=25_600, flops=8e8, seconds=11.0),
+                    effects=tuple(
+                        Effect(after=later.name, value=0.9) for later in policy.stages[place:]
+                    ),
                 )
-                for stage in policy.stages
+                for place, stage in enumerate(policy.stages)
             ),
             "records": records,
             "started_at": "2026-01-02T03:04:05+00:00",

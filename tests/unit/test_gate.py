@@ -74,6 +74,7 @@ class TestVerdict:
             "controls/overlap/footwear",
             "coverage/trials",
             "coverage/failures",
+            "stages/0-sophon",
             "unattacked/footwear@fp32",
             "coverage/footwear@fp32",
             "controls/finetune/footwear@fp32",
