@@ -1,5 +1,6 @@
 """What every stage must do, whichever ship."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pico
@@ -7,22 +8,51 @@ import pytest
 import torch
 from workspaces import quiet
 
-from release_guard.modalities import Modality
+from release_guard.modalities import Modality, ModelHandle
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.stages import Stage
 
-QUICK = {"sophon": {"outer_steps": 3, "batch": 16, "query": 16, "ntr_batch": 16, "tail_steps": 2}}
+QUICK = {
+    "sophon": {"outer_steps": 3, "batch": 16, "query": 16, "ntr_batch": 16, "tail_steps": 2},
+    "concept_suppression": {"total_steps": 2, "batch": 8, "upper_batch": 8, "pool": 8},
+}
+
+Ground = Callable[[Stage], tuple[Policy, ModelHandle]]
+
+
+def quick(name: str) -> Stage:
+    return Stage.build(Spec(name=name, **QUICK.get(name, {})))
+
+
+@pytest.fixture
+def ground(tmp_path: Path, request: pytest.FixtureRequest) -> Ground:
+    """A policy and a pico model of a kind that a stage works on."""
+
+    def make(stage: Stage) -> tuple[Policy, ModelHandle]:
+        kind, data, folder = "image_classification", "image_data", "classifier_folder"
+        if stage.modalities and kind not in stage.modalities:
+            kind, data, folder = "text_to_image", "picture_data", "pipeline_folder"
+        path = pico.pico_policy(
+            tmp_path,
+            request.getfixturevalue(data),
+            retain={"margin": 0.9},
+            modality={"name": kind},
+        )
+        policy = Policy.load(path)
+        source = str(request.getfixturevalue(folder))
+        return policy, Modality.build(policy.modality).load(source)
+
+    return make
 
 
 @pytest.mark.parametrize("name", Stage.available())
 def test_a_stage_leaves_its_input_and_gives_finite_weights_of_the_same_shapes(
-    name: str, tmp_path: Path, image_data: Path, classifier_folder: Path
+    name: str, tmp_path: Path, ground: Ground
 ) -> None:
-    policy = Policy.load(pico.pico_policy(tmp_path, image_data, retain={"margin": 0.9}))
-    model = Modality.build(policy.modality).load(str(classifier_folder))
+    stage = quick(name)
+    policy, model = ground(stage)
     before = model.state()
-    stage = Stage.build(Spec(name=name, **QUICK.get(name, {})))
     assert stage.paper.startswith("https://")
     immunized = stage.immunize(model, policy, quiet(tmp_path))
     after, changed = model.state(), immunized.state()
@@ -38,12 +68,9 @@ def test_a_stage_leaves_its_input_and_gives_finite_weights_of_the_same_shapes(
 
 
 @pytest.mark.parametrize("name", Stage.available())
-def test_a_stage_is_deterministic_given_the_seed(
-    name: str, tmp_path: Path, image_data: Path, classifier_folder: Path
-) -> None:
-    policy = Policy.load(pico.pico_policy(tmp_path, image_data, retain={"margin": 0.9}))
-    model = Modality.build(policy.modality).load(str(classifier_folder))
-    stage = Stage.build(Spec(name=name, **QUICK.get(name, {})))
+def test_a_stage_is_deterministic_given_the_seed(name: str, tmp_path: Path, ground: Ground) -> None:
+    stage = quick(name)
+    policy, model = ground(stage)
 
     def state(folder: str, seed: int) -> dict[str, torch.Tensor]:
         directory = tmp_path / folder
@@ -53,3 +80,10 @@ def test_a_stage_is_deterministic_given_the_seed(
     first, again, other = state("a", 1), state("b", 1), state("c", 2)
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", Stage.available())
+def test_a_stage_has_no_effect_yet_on_its_input(name: str, ground: Ground) -> None:
+    stage = quick(name)
+    policy, model = ground(stage)
+    assert stage.effect(model, model, policy) == 0

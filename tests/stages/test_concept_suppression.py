@@ -1,0 +1,374 @@
+"""The laws of both levels' losses and steps, and that the stage suppresses on a pico pipeline."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import pico
+import pytest
+import torch
+from torch import Tensor
+from workspaces import quiet
+
+from release_guard import pruning
+from release_guard.errors import ImmunizationError, ModelError
+from release_guard.modalities import Batch, Modality, ModelHandle, Painter
+from release_guard.plugins import Spec
+from release_guard.policy import Policy
+from release_guard.stages import Stage
+from release_guard.stages.concept_suppression import ConceptSuppression, away, pull
+
+SMALL: Mapping[str, Any] = {
+    "total_steps": 4,
+    "batch": 8,
+    "upper_batch": 8,
+    "pool": 8,
+    "lr": 1e-3,
+    "warmup": 0,
+    "probe_every": 2,
+    "keep_every": 2,
+}
+
+
+def stage(**options: Any) -> ConceptSuppression:
+    return cast(
+        "ConceptSuppression",
+        Stage.build(Spec(name="concept_suppression", **{**SMALL, **options})),
+    )
+
+
+@pytest.fixture
+def policy(tmp_path: Path, picture_data: Path) -> Policy:
+    modality = {"name": "text_to_image", "sampling_steps": 4, "guidance": 1.0}
+    return Policy.load(
+        pico.pico_policy(tmp_path, picture_data, modality=modality, retain={"margin": 0.9})
+    )
+
+
+@pytest.fixture
+def model(policy: Policy, pipeline_folder: Path) -> Painter:
+    return cast("Painter", Modality.build(policy.modality).load(str(pipeline_folder)))
+
+
+@pytest.fixture
+def other(model: Painter) -> Painter:
+    """A student that differs from its teacher."""
+    twin = model.copy()
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in twin.unet.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=noise))
+    return twin
+
+
+@pytest.fixture
+def batch(model: Painter, policy: Policy) -> Batch:
+    return next(model.batches(policy.concepts[0].dataset, "immunize", size=8, seed=0))
+
+
+def test_the_target_lies_beyond_no_prompt_away_from_the_concept() -> None:
+    without, concept = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    torch.testing.assert_close(away(without, concept, eta=0), without)
+    torch.testing.assert_close(away(without, concept, eta=1), 2 * without - concept)
+    for eta in (0.0, 0.5, 2.0):
+        target = away(without, concept, eta=eta)
+        assert float(pull(target, without, concept)) == pytest.approx(-eta, abs=1e-5)
+
+
+def test_pull_is_one_at_the_concept_and_blind_to_what_lies_beside_the_line() -> None:
+    without, concept = torch.randn(2, 30), torch.randn(2, 30)
+    assert float(pull(concept, without, concept)) == pytest.approx(1)
+    beside = torch.randn(60)
+    line = (concept - without).flatten()
+    beside -= (beside @ line) / (line @ line) * line
+    found = concept + 9 * beside.view(2, 30)
+    assert float(pull(found, without, concept)) == pytest.approx(1, abs=1e-4)
+
+
+def test_lower_loss_is_denoising_and_what_the_teacher_gives(
+    model: Painter, other: Painter, batch: Batch
+) -> None:
+    with torch.no_grad():
+        plain = stage(kd_weights=(0, 0), snr_gamma=1e9).lower_loss(other, model, batch)
+        # gamma never cuts: of velocities, snr / (snr + 1) is the share of signal
+        snr_N = model.min_snr(batch, gamma=1e9)
+        errors_N = (other.predicted(batch) - other.wanted(batch)).square().flatten(1).mean(dim=1)
+        torch.testing.assert_close(plain, (snr_N * errors_N).mean())
+        output = (other.predicted(batch) - model.predicted(batch)).square().mean()
+        with_output = stage(kd_weights=(2, 0), snr_gamma=1e9).lower_loss(other, model, batch)
+        torch.testing.assert_close(with_output - plain, 2 * output)
+        to_itself = stage(kd_weights=(2, 5), snr_gamma=1e9).lower_loss(other, other, batch)
+        torch.testing.assert_close(to_itself, plain)
+        features = stage(kd_weights=(0, 1), snr_gamma=1e9).lower_loss(other, model, batch) - plain
+    assert features > 0
+
+
+def test_feature_loss_is_the_mean_over_down_mid_and_up_blocks(
+    model: Painter, other: Painter, batch: Batch
+) -> None:
+    found: dict[Any, list[Tensor]] = {model: [], other: []}
+    for painter, outputs in found.items():
+        unet: Any = painter.unet
+        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+            block.register_forward_hook(
+                lambda _, __, out, to=outputs: to.append(out[0] if isinstance(out, tuple) else out)
+            )
+        with torch.no_grad():
+            painter.predicted(batch)
+    apart = [(one - two).square().mean() for one, two in zip(*found.values(), strict=True)]
+    assert len(apart) == 3
+    with torch.no_grad():
+        of_all = stage(kd_weights=(0, 1)).lower_loss(other, model, batch)
+        of_none = stage(kd_weights=(0, 0)).lower_loss(other, model, batch)
+    torch.testing.assert_close(of_all - of_none, torch.stack(apart).mean())
+
+
+def test_upper_loss_is_zero_at_its_target_and_gives_the_teacher_no_gradient(
+    model: Painter, other: Painter, batch: Batch
+) -> None:
+    """Under eta 0 the target is the teacher without a prompt; the anchor's under the anchor."""
+    unasked = model.asked(batch, "")
+    assert stage(eta=0).upper_loss(model, model, unasked).item() == 0
+    anchored = model.asked(batch, "a photo of ash")
+    assert stage(anchor="a photo of ash").upper_loss(model, model, anchored).item() == 0
+    loss = stage(eta=1).upper_loss(other, model, batch)
+    target = 2 * model.predicted(unasked) - model.predicted(batch)
+    torch.testing.assert_close(loss, (other.predicted(batch) - target).square().mean())
+    loss.backward()
+    assert all(weight.grad is None for weight in model.module.parameters())
+    assert all(weight.grad is not None for weight in other.unet.conv_out.parameters())
+
+
+class _Recorder(torch.optim.SGD):
+    """Plain steps; keeps the gradients that it was given."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.seen = [
+            None if part.grad is None else part.grad.clone()
+            for group in self.param_groups
+            for part in group["params"]
+        ]
+
+
+def gradients(
+    options: ConceptSuppression, model: Painter, policy: Policy, tmp_path: Path, second: Painter
+) -> list[Tensor]:
+    """What the penalty's outer step hands to its optimizer, beside any second copy."""
+    training: Any = options.training(model, policy, quiet(tmp_path))
+    training._second = second
+    training._lower = _Recorder(list(training._student.unet.parameters()), lr=1.0)
+    training.step = options.inner
+    training.advance()
+    return cast("list[Tensor]", training._lower.seen)
+
+
+def test_penalty_gradient_is_upper_plus_weight_times_lower_whatever_the_second_copy_is(
+    model: Painter, other: Painter, policy: Policy, tmp_path: Path
+) -> None:
+    options = stage(mode="penalty", copies="two", inner=2, weight=7.0, teacher="")
+    found = gradients(options, other, policy, tmp_path, second=model)
+    again = gradients(options, other, policy, tmp_path, second=other.copy())
+    assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
+
+    training: Any = options.training(other, policy, quiet(tmp_path))
+    training.step = options.inner
+    parameters = list(training._student.unet.parameters())
+    lower = options.lower_loss(training._student, training._teacher, training._retained())
+    upper = options.upper_loss(training._student, training._teacher, training._concept())
+    of_lower = torch.autograd.grad(lower, parameters)
+    of_upper = torch.autograd.grad(upper, parameters)
+    for place, one in enumerate(found):
+        torch.testing.assert_close(one, of_upper[place] + 7 * of_lower[place])
+
+
+def test_gradients_of_both_levels_equal_finite_differences(
+    model: Painter, other: Painter, batch: Batch
+) -> None:
+    double = [painter.copy() for painter in (other, model)]
+    for painter in double:
+        painter.module.double()
+    student, teacher = double
+    exact = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+    options = stage(eta=0.7)
+    weight = student.unet.get_parameter("conv_in.weight")
+    at = (0, 1, 2, 0)
+    for loss in (options.lower_loss, options.upper_loss):
+        (found,) = torch.autograd.grad(loss(student, teacher, exact), weight)
+        values = []
+        for move in (1e-5, -1e-5):
+            with torch.no_grad():
+                weight[at] += move
+                values.append(loss(student, teacher, exact))
+                weight[at] -= move
+        assert float(found[at]) == pytest.approx(float(values[0] - values[1]) / 2e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "uppers", "moved"),
+    [
+        ({"variant": "paper", "inner": 1}, [1, 3], 4),
+        ({"variant": "paper", "inner": 1, "copies": "two"}, [1, 3], 2),
+        ({"variant": "code", "inner": 1}, [1, 3], 4),
+        ({"variant": "joint"}, [0, 1, 2, 3], 4),
+    ],
+)
+def test_each_mode_takes_its_steps(
+    model: Painter,
+    policy: Policy,
+    tmp_path: Path,
+    options: dict[str, Any],
+    uppers: list[int],
+    moved: int,
+) -> None:
+    training: Any = stage(**options).training(model, policy, quiet(tmp_path))
+    found, changes = [], 0
+    for step in range(4):
+        before = training.theta.state()
+        losses = training.advance()
+        after = training.theta.state()
+        changes += any(not torch.equal(before[name], after[name]) for name in before)
+        if "upper loss" in losses:
+            found.append(step)
+            assert ("gap" in losses) == ("copies" in options)
+        training.step += 1
+    assert found == uppers
+    assert changes == moved
+
+
+def test_released_form_keeps_two_optimizers_apart(
+    model: Painter, policy: Policy, tmp_path: Path
+) -> None:
+    training: Any = stage(variant="code", inner=1).training(model, policy, quiet(tmp_path))
+    for _ in range(4):
+        training.advance()
+        training.step += 1
+    steps = {
+        name: float(next(iter(optimizer.state.values()))["step"])
+        for name, optimizer in (("lower", training._lower), ("upper", training._upper))
+    }
+    assert steps == {"lower": 4, "upper": 2}
+
+
+@pytest.mark.parametrize("scope", ["cross_attention", "others"])
+def test_the_upper_level_moves_its_scope_alone(
+    model: Painter, policy: Policy, tmp_path: Path, scope: str
+) -> None:
+    alone = stage(variant="joint", weight=0.0, scope=scope, total_steps=1)
+    after = alone.immunize(model, policy, quiet(tmp_path)).state()
+    moved = {name for name, value in model.state().items() if not torch.equal(value, after[name])}
+    assert moved
+    assert all((".attn2." in name) == (scope == "cross_attention") for name in moved)
+    assert all(name.startswith("unet.") for name in moved)
+
+
+def test_what_was_pruned_away_stays_zero(
+    model: Painter, policy: Policy, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "narrow"
+    pruning.prune(str(pipeline_folder), folder, pruning.width)
+    narrow = Modality.build(policy.modality).load(str(folder))
+    holes = pruning.holes(cast("Painter", narrow).unet)
+    whole = stage(teacher=str(pipeline_folder))
+    whole.check(narrow, policy)
+    after = cast("Painter", whole.immunize(narrow, policy, quiet(tmp_path)))
+    found = pruning.holes(after.unet)
+    assert holes
+    assert holes.keys() == found.keys()
+    assert all(torch.equal(hole, found[name]) for name, hole in holes.items())
+
+
+def test_a_student_of_fewer_layers_learns_from_its_teacher_and_not_the_concept(
+    model: Painter, policy: Policy, tmp_path: Path
+) -> None:
+    teacher, cut = tmp_path / "whole", tmp_path / "cut"
+    twin = model.copy()
+    deeper = diffusers.UNet2DConditionModel.from_config(
+        {**model.unet.config, "layers_per_block": 2}
+    )
+    shallow = model.unet.state_dict()
+    deeper.load_state_dict(
+        {name: shallow.get(name, value) for name, value in deeper.state_dict().items()}
+    )
+    twin.module.unet = deeper.eval()
+    twin.save(teacher)
+    pruning.prune(str(teacher), cut, pruning.depth)
+    student = Modality.build(policy.modality).load(str(cut))
+    options = stage(variant="joint", teacher=str(teacher), total_steps=30, lr=3e-3, probe_every=30)
+    options.check(student, policy)
+    immunized = options.immunize(student, policy, quiet(tmp_path))
+    figures = options.measure(student, immunized, policy)
+    name = "upper loss on odd-angles"
+    assert figures[f"{name}, immunized"] < figures[f"{name}, base"]
+    lower = "lower loss on retained pictures"
+    assert figures[f"{lower}, immunized"] < figures[f"{lower}, base"]
+    sizes = "MACs of the UNet, million", "MACs of the teacher's UNet, million"
+    assert figures[sizes[0]] < figures[sizes[1]]
+    assert options.caveats(student, policy)
+
+
+def test_suppression_lowers_the_concepts_pull(
+    model: Painter, policy: Policy, tmp_path: Path
+) -> None:
+    # the pico pipeline paints the restricted bars by other names: let the data use these
+    options = stage(variant="joint", total_steps=40, lr=3e-3, probe_every=40)
+    immunized = options.immunize(model, policy, quiet(tmp_path))
+    assert options.effect(model, model, policy) == 0
+    assert options.effect(model, immunized, policy) > 0.2
+
+
+@pytest.mark.parametrize("options", [{"variant": "paper", "copies": "two"}, {"variant": "code"}])
+def test_a_killed_stage_resumes_to_the_very_same_weights(
+    model: Painter, policy: Policy, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    chosen = stage(**options, inner=1)
+    whole = chosen.immunize(model, policy, quiet(tmp_path / "whole")).state()
+
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def kill(done: int, steps: int, line: str) -> None:
+        if done == 3:
+            raise Killed
+
+    workspace = quiet(tmp_path / "cut")
+    with pytest.raises(Killed):
+        chosen.immunize(model, policy, replace(workspace, progress=kill))
+    steps: list[int] = []
+    workspace = replace(workspace, progress=lambda done, steps_, line: steps.append(done))
+    resumed = chosen.immunize(model, policy, workspace).state()
+    assert steps == [3, 4]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_what_cannot_work_is_said_before_training(
+    model: Painter, policy: Policy, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="'immunize' holds"):
+        stage(pool=100_000).check(model, policy)
+    wider = model.copy()
+    wider.module.unet = diffusers.UNet2DConditionModel.from_config(
+        {**model.unet.config, "block_out_channels": (32,)}
+    )
+    wider.save(tmp_path / "wider")
+    with pytest.raises(ImmunizationError, match="other widths"):
+        stage(teacher=str(tmp_path / "wider")).check(model, policy)
+    noisier = model.copy()
+    with torch.no_grad():
+        for weight in noisier.module.vae.parameters():
+            weight.mul_(1.1)
+    noisier.save(tmp_path / "noisier")
+    with pytest.raises(ImmunizationError, match="the teacher predicts otherwise"):
+        stage(teacher=str(tmp_path / "noisier")).check(model, policy)
+    targets = policy.model_copy(update={"concepts": ()})
+    with pytest.raises(ImmunizationError, match="names no concept"):
+        stage().check(model, targets)
+
+
+def test_models_that_do_not_paint_are_refused(policy: Policy, classifier: ModelHandle) -> None:
+    with pytest.raises(ImmunizationError, match="text-to-image"):
+        stage().check(classifier, policy)
