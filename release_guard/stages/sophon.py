@@ -112,6 +112,7 @@ class Sophon(TrainedStage):
 
     paper = "https://arxiv.org/abs/2404.12699"
     modalities = ("image_classification", "causal_lm", "text_to_image")
+    shardable = True
 
     variant: Literal["paper", "hardened"] = "hardened"
     """Sets every option that is not given: the paper's, or those that held under our sweep."""
@@ -132,8 +133,8 @@ class Sophon(TrainedStage):
     momentum: float = Field(ge=0, lt=1)
     """Of the SGD attackers."""
     reinit_share: float = Field(ge=0, le=1)
-    """Share of attackers that begin with a new head; the paper's is 1 with ice, 0 with klu. Heads that
-    are tied to an embedding, or that paint, are kept."""
+    """Share of attackers that begin with a new head; the paper's is 1 with ice, 0 with klu. A head
+    that is tied to an embedding, or that paints, is kept."""
     renew_share: float = Field(ge=0, le=1)
     """Share of attackers that begin with new weights in the last one or two blocks."""
     batch: int = Field(ge=1)

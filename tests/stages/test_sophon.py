@@ -1,23 +1,23 @@
-"""The laws of the suppression losses, and that the stage does what it says on pico models."""
+"""That SOPHON does what it says, line by line of the paper's step and on pico models."""
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pico
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from workspaces import quiet
 
 from release_guard.errors import ImmunizationError
-from release_guard.modalities import Modality, ModelHandle
+from release_guard.evidence import Cost
+from release_guard.immunization import divided
+from release_guard.modalities import Modality, ModelHandle, Painter
 from release_guard.plugins import Spec
-from release_guard.policy import Policy
+from release_guard.policy import Concept, Policy
 from release_guard.stages import Stage
 from release_guard.stages.sophon import Sophon
-from release_guard.suppression import ice, klu, probe_explains
+from release_guard.suppression import ice
 
 SMALL = {
     "outer_steps": 4,
@@ -33,6 +33,29 @@ SMALL = {
 }
 
 
+PAPER = {
+    "variant": "paper",
+    "outer_steps": 2,
+    "horizon": (3, 3),
+    "advance": 3,
+    "batch": 27,
+    "query": 3,
+    "ntr_batch": 20,
+}
+
+
+def language_policy(folder: Path, data: Path) -> Policy:
+    concept = {"name": "reversing", "dataset": str(data / "restricted.jsonl"), "ceiling": 0.6}
+    source = pico.pico_policy(
+        folder,
+        data,
+        modality={"name": "causal_lm"},
+        retain={"dataset": str(data / "retained.jsonl"), "margin": 0.9},
+        concepts=[concept],
+    )
+    return Policy.load(source)
+
+
 @pytest.fixture
 def policy(tmp_path: Path, image_data: Path) -> Policy:
     return Policy.load(pico.pico_policy(tmp_path, image_data, retain={"margin": 0.5}))
@@ -41,79 +64,6 @@ def policy(tmp_path: Path, image_data: Path) -> Policy:
 @pytest.fixture
 def model(policy: Policy, classifier_folder: Path) -> ModelHandle:
     return Modality.build(policy.modality).load(str(classifier_folder))
-
-
-def gradient(loss: Callable[[Tensor], Tensor], logits: list[float]) -> Tensor:
-    logits_1C = torch.tensor([logits], dtype=torch.float64, requires_grad=True)
-    (found,) = torch.autograd.grad(loss(logits_1C), logits_1C)
-    return found[0]
-
-
-LABEL = torch.tensor([0])
-
-
-def test_ice_is_the_inverse_cross_entropy() -> None:
-    logits_NC = torch.randn(64, 5, dtype=torch.float64)
-    labels_N = torch.randint(0, 5, (64,))
-    p_N = logits_NC.softmax(dim=1).gather(1, labels_N[:, None])[:, 0]
-    torch.testing.assert_close(ice(logits_NC, labels_N), -(1 - p_N).log().mean())
-
-
-def test_ice_stays_finite_where_its_literal_form_is_not() -> None:
-    logits_NC = torch.tensor([[200.0, 0.0, 0.0]])
-    assert float(ice(logits_NC, LABEL)) == pytest.approx(200 - math.log(2))
-
-
-@pytest.mark.parametrize(("true_logit", "norm"), [(8.0, 1.051), (0.0, 0.105), (-8.0, 0.000)])
-def test_gradient_of_ice(true_logit: float, norm: float) -> None:
-    found = gradient(lambda z: ice(z, LABEL), [true_logit] + [0.0] * 9)
-    assert float(found.norm()) == pytest.approx(norm, abs=2e-3)
-    p = torch.tensor([true_logit] + [0.0] * 9).softmax(dim=0).double()
-    torch.testing.assert_close(float(found[0]), float(p[0]), atol=1e-6, rtol=0)
-
-
-def test_klu_is_zero_exactly_at_uniform_and_its_gradient_is_p_minus_uniform() -> None:
-    assert float(klu(torch.full((3, 7), 4.0))) == pytest.approx(0, abs=1e-6)
-    assert float(klu(torch.randn(64, 7))) > 0
-    logits = [2.0, -1.0, 0.5, 0.0]
-    expected = torch.tensor(logits, dtype=torch.float64).softmax(dim=0) - 0.25
-    torch.testing.assert_close(gradient(klu, logits), expected)
-
-
-def test_klu_is_not_satisfied_by_a_confident_wrong_answer_but_ice_is() -> None:
-    wrong = [0.0, 8.0] + [0.0] * 8
-    assert float(gradient(lambda z: ice(z, LABEL), wrong).norm()) < 2e-3
-    assert float(gradient(klu, wrong).norm()) == pytest.approx(0.946, abs=2e-3)
-
-
-def test_a_probe_explains_what_features_tell_and_nothing_else() -> None:
-    torch.manual_seed(0)
-    labels_N = torch.randint(0, 3, (600,))
-    telling_NF = nn.functional.one_hot(labels_N, 3).double() + 0.01 * torch.randn(600, 3)
-    silent_NF = torch.randn(600, 3, dtype=torch.float64)
-    explains = probe_explains(telling_NF, labels_N, num_classes=3)
-    assert float(explains) > 0.8
-    assert float(probe_explains(silent_NF, labels_N, num_classes=3)) < 0.05
-    rotation_FF, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
-    moved = probe_explains(7 * telling_NF @ rotation_FF + 3, labels_N, num_classes=3)
-    torch.testing.assert_close(moved, explains)
-
-
-def test_a_probe_has_nothing_to_explain_with_one_label() -> None:
-    features_NF = torch.randn(8, 4, requires_grad=True)
-    loss = probe_explains(features_NF, torch.zeros(8, dtype=torch.long), num_classes=3)
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(features_NF.grad, torch.zeros(8, 4))
-
-
-def test_probe_gradient_equals_finite_differences() -> None:
-    torch.manual_seed(0)
-    features_NF = torch.randn(12, 3, dtype=torch.float64, requires_grad=True)
-    labels_N = torch.arange(12) % 3
-    assert torch.autograd.gradcheck(
-        lambda features: probe_explains(features, labels_N, num_classes=3), (features_NF,)
-    )
 
 
 def test_variants_fill_what_is_not_given() -> None:
@@ -219,12 +169,190 @@ def test_immunizing_lowers_the_suppression_loss_an_attacker_meets(
     assert measures[f"{name}, immunized"] < measures[f"{name}, base"]
 
 
-def test_a_probe_on_a_vocabulary_is_refused_before_any_training(
-    policy: Policy, lm_folder: Path, text_data: Path, tmp_path: Path
+def test_a_probe_on_a_vocabulary_is_refused_where_it_was_asked_for(
+    lm_folder: Path, text_data: Path, tmp_path: Path
 ) -> None:
-    source = pico.pico_policy(tmp_path, text_data, modality={"name": "causal_lm"})
-    model = Modality.build(Policy.load(source).modality).load(str(lm_folder))
+    policy = language_policy(tmp_path, text_data)
+    model = Modality.build(policy.modality).load(str(lm_folder))
     wide = nn.Linear(model.head.in_features, 1_001)
     model.module.set_output_embeddings(wide)
+    Stage.build(Spec(name="sophon")).check(model, policy)
     with pytest.raises(ImmunizationError, match="set probe = 0"):
-        Stage.build(Spec(name="sophon")).check(model, policy)
+        Stage.build(Spec(name="sophon", probe=1.0)).check(model, policy)
+
+
+def test_a_tied_head_stays_and_the_card_is_told(text_data: Path, tmp_path: Path) -> None:
+    policy = language_policy(tmp_path, text_data)
+    tied = pico.pico_lm(tmp_path / "tied", steps=1, tied=True)
+    model = Modality.build(policy.modality).load(str(tied))
+    stage = Stage.build(Spec(name="sophon", **{**SMALL, "reinit_share": 1.0}))
+    (caveat,) = stage.caveats(model, policy)
+    assert "tied to an embedding" in caveat
+    immunized = stage.immunize(model, policy, quiet(tmp_path / "w"))
+    assert not stage.effect(model, model, policy)
+    assert immunized.head.weight is immunized.module.get_input_embeddings().weight
+
+
+def test_a_step_of_the_paper_is_first_order_maml(
+    policy: Policy, model: ModelHandle, tmp_path: Path
+) -> None:
+    options = {**PAPER, "ntr_steps": 0, "sgd_lr": (0.05, 0.05)}
+    stage = Stage.build(Spec(name="sophon", **options))
+    training = stage.training(model, policy, quiet(tmp_path))
+    by_hand = model.copy()
+    wanted = [torch.zeros_like(parameter) for parameter in by_hand.module.parameters()]
+    fast = by_hand.copy()
+    fast.reinit_head(seed=training.seed("head/0"))
+    assert not torch.equal(fast.head.weight, by_hand.head.weight)
+    parameters = list(fast.module.parameters())
+    head = {id(parameter) for parameter in fast.head.parameters()}
+    fast.module.train()
+    for turn in range(3):
+        seed = training.seed(f"restricted/{turn}")
+        dataset = policy.concepts[0].dataset
+        batch = next(fast.batches(dataset, "immunize", size=30, seed=seed))
+        inner, query = divided(batch, 27)
+        gradients = torch.autograd.grad(fast.loss(inner), parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.sub_(0.05 * gradient)
+        gradients = torch.autograd.grad(ice(*fast.logits(query)), parameters)
+        for total, parameter, gradient in zip(wanted, parameters, gradients, strict=True):
+            total.add_((id(parameter) not in head) * gradient / 3)
+    released = list(by_hand.module.parameters())
+    for parameter, gradient in zip(released, wanted, strict=True):
+        parameter.grad = gradient
+    nn.utils.clip_grad_norm_(released, 0.5)
+    torch.optim.Adam(released, lr=3e-4, fused=True).step()
+    training.advance()
+    ours = training.theta.module.parameters()
+    for one, other, gradient in zip(ours, released, wanted, strict=True):
+        real = gradient.abs() > 1e-6  # Adam makes a full step of a rounding error
+        torch.testing.assert_close(one[real], other[real])
+
+
+def test_exactly_k_steps_and_as_many_outer_steps_as_asked_for_are_run_and_paid(
+    policy: Policy, model: ModelHandle, tmp_path: Path
+) -> None:
+    paid: list[Cost] = []
+    workspace = replace(quiet(tmp_path), spend=paid.append)
+    Stage.build(Spec(name="sophon", **PAPER)).immunize(model, policy, workspace)
+    (cost,) = paid
+    assert cost.steps == 2
+    assert cost.samples == 2 * (3 * 30 + 20)
+
+
+def test_running_statistics_are_released_as_they_were(
+    tmp_path: Path, image_data: Path, resnet_folder: Path
+) -> None:
+    policy = Policy.load(pico.pico_policy(tmp_path, image_data, retain={"margin": 0.9}))
+    model = Modality.build(policy.modality).load(str(resnet_folder))
+    before = model.state()
+    for options in PAPER, SMALL:
+        stage = Stage.build(Spec(name="sophon", **options))
+        immunized = stage.immunize(model, policy, quiet(tmp_path / str(options["outer_steps"])))
+        after = immunized.state()
+        statistics = {name for name, _ in model.module.named_buffers()}
+        assert statistics
+        assert all(torch.equal(before[name], after[name]) for name in statistics)
+        assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(before[name], value) for name, value in model.state().items())
+
+
+def test_suppression_alone_lowers_the_loss_that_an_attacker_then_meets(
+    policy: Policy, model: ModelHandle, tmp_path: Path
+) -> None:
+    options = {**PAPER, "outer_steps": 20, "ntr_steps": 0, "sgd_lr": (0.02, 0.02), "query": 27}
+    training = Stage.build(Spec(name="sophon", **options)).training(model, policy, quiet(tmp_path))
+    met = []
+    for _ in range(20):
+        met.append(training.advance()["suppression"])
+        training.step += 1
+    assert sum(met[-5:]) < sum(met[:5]) - 1e-3
+
+
+def test_the_effect_is_nothing_on_the_base_and_grows_with_immunization(
+    policy: Policy, model: ModelHandle, tmp_path: Path
+) -> None:
+    options = {**SMALL, "outer_steps": 50, "batch": 32, "query": 32, "probe_every": 50}
+    stage = Stage.build(Spec(name="sophon", **options))
+    immunized = stage.immunize(model, policy, quiet(tmp_path / "w"))
+    before = [one.state() for one in (model, immunized)]
+    assert stage.effect(model, model, policy) == 0
+    assert stage.effect(model, immunized, policy) > 0.02
+    for one, state in zip((model, immunized), before, strict=True):
+        assert all(torch.equal(state[name], value) for name, value in one.state().items())
+
+
+def test_how_far_each_layer_moved_is_measured(
+    policy: Policy, model: ModelHandle, tmp_path: Path
+) -> None:
+    moved = model.copy()
+    with torch.no_grad():
+        for parameter in moved.blocks[1].parameters():
+            parameter.mul_(1.5)
+        moved.head.weight *= 3
+        moved.head.bias *= 3
+    measures = Stage.build(Spec(name="sophon", **SMALL)).measure(model, moved, policy)
+    found = {name: far for name, far in measures.items() if name.startswith("relative change")}
+    assert found == {
+        "relative change, block 0": 0,
+        "relative change, block 1": 0.5,
+        "relative change, head": 2,
+        "relative change, the rest": 0,
+    }
+
+
+@pytest.mark.parametrize("variant", ["paper", "hardened"])
+def test_a_language_model_is_brought_to_uniform_tokens(
+    variant: str, lm_folder: Path, text_data: Path, tmp_path: Path
+) -> None:
+    policy = language_policy(tmp_path, text_data)
+    model = Modality.build(policy.modality).load(str(lm_folder))
+    options = {**SMALL, "variant": variant, "outer_steps": 20, "advance": 2, "alpha": 3e-3}
+    stage = Stage.build(Spec(name="sophon", **options))
+    assert isinstance(stage, Sophon)
+    assert stage.weights(policy) == {"klu": 1.0}
+    stage.check(model, policy)
+    immunized = stage.immunize(model, policy, quiet(tmp_path / "w"))
+    measures = stage.measure(model, immunized, policy)
+    assert measures["klu on reversing, immunized"] < measures["klu on reversing, base"]
+
+
+def test_a_painter_is_brought_to_predict_less_and_keeps_its_autoencoder(
+    painter: Painter, standing: Concept, picture_data: Path, tmp_path: Path
+) -> None:
+    source = pico.pico_policy(
+        tmp_path,
+        picture_data,
+        modality={"name": "text_to_image", "sampling_steps": 4},
+        retain={"margin": 0.9},
+    )
+    policy = Policy.load(source).model_copy(update={"concepts": (standing,)})
+    options = {**SMALL, "variant": "paper", "outer_steps": 12, "advance": 2, "alpha": 3e-3}
+    stage = Stage.build(Spec(name="sophon", **options))
+    assert isinstance(stage, Sophon)
+    assert stage.weights(policy) == {"dos": 1.0}
+    assert stage.caveats(painter, policy) == ()
+    immunized = stage.immunize(painter, policy, quiet(tmp_path / "w"))
+    before, after = painter.state(), immunized.state()
+    fixed = [name for name in before if name.startswith("vae.")]
+    assert all(torch.equal(before[name], after[name]) for name in fixed)
+    measures = stage.measure(painter, immunized, policy)
+    assert measures["dos on standing-bars, immunized"] < measures["dos on standing-bars, base"]
+    assert stage.effect(painter, immunized, policy) > 0
+
+
+@pytest.mark.parametrize("loss", ["ice", "ice_released", "klu", "probe"])
+def test_losses_that_need_classes_are_refused_for_a_painter(
+    painter: Painter, picture_data: Path, tmp_path: Path, loss: str
+) -> None:
+    modality = {"name": "text_to_image"}
+    policy = Policy.load(pico.pico_policy(tmp_path, picture_data, modality=modality))
+    with pytest.raises(ImmunizationError, match=f"`{loss}` is no loss of text_to_image models"):
+        Stage.build(Spec(name="sophon", **{loss: 1.0})).check(painter, policy)
+
+
+def test_dos_is_refused_for_a_classifier(policy: Policy, model: ModelHandle) -> None:
+    with pytest.raises(ImmunizationError, match="`dos` is no loss of image_classification models"):
+        Stage.build(Spec(name="sophon", dos=1.0)).check(model, policy)
