@@ -14,7 +14,9 @@ from release_guard.policy import Policy
 from release_guard.stages import Stage
 
 QUICK = {
+    "condition_number": {"updates": 2},
     "sophon": {"outer_steps": 3, "batch": 16, "query": 16, "ntr_batch": 16, "tail_steps": 2},
+    "mima": {"outer_steps": 2, "batch": 8, "prior_batch": 8, "measured_steps": 2, "probed": 50},
     "concept_suppression": {"total_steps": 2, "batch": 8, "upper_batch": 8, "pool": 8},
 }
 
