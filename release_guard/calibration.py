@@ -23,6 +23,8 @@ from release_guard.publish import (
     check_donors,
     check_order,
     check_relatives,
+    check_stage_kinds,
+    check_stages,
     local_folder,
     public_ancestor,
 )
@@ -50,12 +52,16 @@ def survey(order: Order, output: Path, session: Session) -> Plan:
     policy = order.policy
     source = local_folder(order.source)
     undefended = local_folder(order.base) if order.base else source
+    immunizes = bool(policy.stages) and not order.as_is
+    if immunizes:
+        check_stage_kinds(policy)
     base = Modality.build(policy.modality).load(str(undefended))
     check_attacks(policy)
     check_donors(policy, source, undefended)
     check_data(base, policy)
     run = Run(output)
-    immunizes = bool(policy.stages) and not order.as_is
+    if immunizes:
+        check_stages(base, policy)
     defended = run.immunized if immunizes else source
     ancestor = public_ancestor(policy, source, undefended)
     check_relatives(base, policy, ancestor)

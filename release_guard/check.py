@@ -13,7 +13,8 @@ from release_guard.signers import Signer
 
 def problems(policy: Policy) -> list[str]:
     """One line a problem; options of models, stages and attacks are seen only `with_torch()`."""
-    return [*_wrong_options(policy), *_missing_files(policy)]
+    wrong = [*_wrong_options(policy)]
+    return [*(wrong or _wrong_kinds(policy)), *_missing_files(policy)]
 
 
 def with_torch() -> bool:
@@ -27,6 +28,13 @@ def _wrong_options(policy: Policy) -> Iterator[str]:
             contract.build(spec, where=where)
         except PolicyError as error:
             yield from str(error).splitlines()
+
+
+def _wrong_kinds(policy: Policy) -> Iterator[str]:
+    if with_torch():
+        from release_guard.stages import misplaced  # noqa: PLC0415  it imports torch
+
+        yield from misplaced(policy)
 
 
 def _light(policy: Policy) -> Sequence[tuple[type[Plugin], Spec, str]]:

@@ -212,6 +212,41 @@ def publish(  # noqa: PLR0913  click hands over one argument an option
 @click.argument("source")
 @_policy_option
 @_output_option
+@_workers_option
+@_common
+@click.pass_obj
+def immunize(
+    terminal: Terminal, *, source: str, policy_path: Path, output: Path | None, workers: int
+) -> int:
+    """Apply the policy's stages to SOURCE; `publish` with the same --output goes on from there.
+
+    A large model is shared among processes by
+    `torchrun --nproc-per-node N -m release_guard immunize ...`, whose exit code is torchrun's.
+    """
+    _need_torch()
+    from release_guard import shards  # noqa: PLC0415
+
+    with shards.group():
+        terminal.follows = not shards.leads()
+        policy = _load(policy_path)
+        from release_guard import outcome  # noqa: PLC0415
+        from release_guard import publish as flow  # noqa: PLC0415
+
+        session = _session(terminal, max(1, workers // shards.world()))
+        if shards.world() > 1:
+            terminal.say(f"{shards.world()} processes share the model")
+        folder = output or _runs(source)
+        done = flow.immunize(flow.Order(source, source, policy), folder, session)
+    for line in outcome.immunized_lines(done.checks):
+        terminal.say(line)
+    terminal.data(str(done.folder), outcome.immunized_document(done))
+    return 0 if done.composed or terminal.follows else _REFUSED
+
+
+@cli.command()
+@click.argument("source")
+@_policy_option
+@_output_option
 @_base_option
 @_workers_option
 @_engine_options
@@ -408,6 +443,36 @@ def replay(  # noqa: PLR0913
     document = outcome.replay_document(found, known, _surroundings())
     terminal.data("\n".join(outcome.replay_lines(found)), document)
     return 0 if found.agrees else IntegrityError.exit_code
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--private",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="gauge.json, from the folder `private` of the run that made the release.",
+)
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="What is made; it must not exist yet.",
+)
+@_common
+@click.pass_obj
+def ungauge(terminal: Terminal, *, model: str, private: Path, output: Path) -> None:
+    """Take the gauge of MODEL back, so that it merges again, for whom its owner lets do so."""
+    _need_torch()
+    from release_guard.ungauge import ungauge as flow  # noqa: PLC0415
+
+    if output.exists():
+        raise click.UsageError(f"{output} exists already; give --output another name")
+    record = flow(model, private, output)
+    terminal.say(f"taken back: {', '.join(record.changes)}")
+    terminal.data(str(output), {"output": str(output), "changes": list(record.changes)})
 
 
 @cli.group("policy")

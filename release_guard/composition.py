@@ -50,18 +50,25 @@ def _left(report: StageReport | None, names: Sequence[str], least: float) -> tup
         return Result.INCONCLUSIVE, "nothing says that it was applied"
     if [effect.after for effect in report.effects] != list(names):
         return Result.INCONCLUSIVE, "nobody looked at its effect after itself and each later stage"
+    seen = f"effect {told(report)}"
     values = [effect.value for effect in report.effects if effect.value is not None]
     if len(values) < len(names) or not all(map(math.isfinite, values)):
-        return Result.INCONCLUSIVE, f"effect {told(report)}"
+        return Result.INCONCLUSIVE, seen
     if values[0] <= 0:
-        return Result.FAIL, f"effect {told(report)}: it did nothing that it is for"
+        return Result.FAIL, f"{seen}: it did nothing that it is for"
+    return _undone(values, names, seen, least) if len(names) > 1 else (Result.PASS, seen)
+
+
+def _undone(
+    values: Sequence[float], names: Sequence[str], seen: str, least: float
+) -> tuple[Result, str]:
     share = values[-1] / values[0]
     bar = f"{percent(share)} of it is left, at least {percent(least)} is asked"
     if share >= least * _ROUNDED:
-        return Result.PASS, f"effect {told(report)}; {bar}"
+        return Result.PASS, f"{seen}; {bar}"
     falls = [before - after for before, after in pairwise(values)]
-    worst = 1 + falls.index(max(falls))
-    return Result.FAIL, f"effect {told(report)}: {names[worst]} undid most of it; {bar}"
+    worst = names[1 + falls.index(max(falls))]
+    return Result.FAIL, f"{seen}: {worst} undid most of it; {bar}"
 
 
 def _figure(value: float | None) -> str:

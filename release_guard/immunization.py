@@ -22,6 +22,8 @@ from release_guard.errors import ImmunizationError
 from release_guard.evidence import Cost
 from release_guard.modalities import Batch, ModelHandle, State
 from release_guard.policy import Policy
+from release_guard.sharding import forms
+from release_guard.shards import agree, are_finite, leads, parted, portable, world
 
 _PASS = 6  # floating-point operations a weight and position: forward 2, backward 4
 
@@ -76,7 +78,8 @@ class Training(ABC):
         self.theta = base.copy()
         self.theta.module.train()
         self.step = 0
-        self._about = f"{policy.digest} {about}"
+        parts = "parted " if world() > 1 else ""  # the same to rounding only
+        self._about = f"{policy.digest} {parts}{about}"
         self._good: State | None = None
         self._spent = Cost(steps=0, samples=0, flops=0, seconds=0.0)
 
@@ -137,7 +140,8 @@ class Training(ABC):
                 before), or no state kept the retained score.
         """
         if pace.checkpointing:
-            recompute_activations(self.theta.module)
+            for module in forms(self.theta):
+                recompute_activations(module)
         start_score = self._score(self.base, pace.probed)
         self._resume(directory)
         while self.step < pace.steps:
@@ -167,7 +171,7 @@ class Training(ABC):
         with Randomness(self.seed("noise"), device).used(), lower:  # what dropout draws
             losses = self.advance()
         strange = sorted(name for name, loss in losses.items() if not math.isfinite(loss))
-        if strange or not all(part.isfinite().all() for part in self.theta.module.parameters()):
+        if strange or not are_finite(self.theta.module):
             what = f"{strange[0]} is not finite" if strange else "the weights are not finite"
             raise ImmunizationError(
                 f"{self.stage}: {what} at step {self.step + 1}; lower the learning rates; the "
@@ -186,6 +190,9 @@ class Training(ABC):
             "spent": self._spent.model_dump(),
             "changing": self.changing(),
         }
+        state = portable(state)
+        if not leads():
+            return
         partial = directory / f"{self.stage}.partial"
         torch.save(state, partial)
         partial.replace(directory / f"{self.stage}.pt")
@@ -193,15 +200,19 @@ class Training(ABC):
     def _resume(self, directory: Path) -> None:
         """Go on from a checkpoint of exactly this stage and policy, if there is one."""
         path = directory / f"{self.stage}.pt"
-        if not path.exists():
-            return
-        state = torch.load(path, weights_only=True, map_location=self.theta.device)
-        if state["about"] != self._about:
-            return
-        self.step, self._good = state["step"], state["good"]
-        self._spent = Cost(**state["spent"])
-        self.theta.load_state(state["theta"])
-        self.restore(state["changing"])
+        if path.exists():
+            state = torch.load(path, weights_only=True, map_location=self.theta.device)
+            if state["about"] == self._about:
+                state = parted(state)
+                self.step, self._good = state["step"], state["good"]
+                self._spent = Cost(**state["spent"])
+                self.theta.load_state(state["theta"])
+                self.restore(state["changing"])
+        if not agree(self.step):
+            raise ImmunizationError(
+                f"{self.stage}: the processes see different checkpoints; {directory} has to be a "
+                "folder that all of them share"
+            )
 
     def _score(self, model: ModelHandle, limit: int) -> float:
         training = model.module.training

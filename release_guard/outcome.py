@@ -1,18 +1,19 @@
 """What came of a command: a document for programs, lines for people. Nothing is decided here."""
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from release_guard import wording
 from release_guard.policy import Policy
-from release_guard.release import Receipt, Result, Strength, Verdict
+from release_guard.release import Check, Receipt, Result, Strength, Verdict
 
 if TYPE_CHECKING:
     from release_guard.evidence import Evidence
     from release_guard.plan import Plan, Row
+    from release_guard.publish import Immunized
     from release_guard.replay import Replay
     from release_guard.verify import Verification
 
@@ -25,7 +26,7 @@ def verdict_document(verdict: Verdict, evidence: "Evidence") -> dict[str, Any]:
     return {
         "verdict": verdict.result.name,
         "claim": verdict.claim,
-        "checks": [{**asdict(check), "result": check.result.name} for check in verdict.checks],
+        "checks": [_check(check) for check in verdict.checks],
         "strengths": [asdict(strength) for strength in verdict.strengths],
         "not_tested": list(verdict.not_tested),
         "policy_digest": evidence.policy,
@@ -33,6 +34,27 @@ def verdict_document(verdict: Verdict, evidence: "Evidence") -> dict[str, Any]:
         "base_root": evidence.base,
         "trials": len(evidence.records),
     }
+
+
+def immunized_document(done: "Immunized") -> dict[str, Any]:
+    """Where the weights are, what the stages said, and whether they compose."""
+    return {
+        "model": str(done.folder),
+        "stages": [report.model_dump(mode="json") for report in done.stages],
+        "checks": [_check(check) for check in done.checks],
+    }
+
+
+def immunized_lines(checks: Sequence[Check]) -> Iterator[str]:
+    """Each stage's effect, and what that means for publishing."""
+    yield from (f"{check.result.name}: {check.detail}" for check in checks)
+    if all(check.result is Result.PASS for check in checks):
+        yield "next: publish with the same policy and the same --output goes on from here"
+    else:
+        yield (
+            "next: `publish` would be refused; give a stage without an effect more steps, and put "
+            "one that undid another before it"
+        )
 
 
 def verification_document(verification: "Verification") -> dict[str, Any]:
@@ -177,6 +199,10 @@ def pushed_document(receipt: Receipt | None) -> Mapping[str, Any]:
     if receipt is None:
         return {"pushed": False, "url": None, "revision": None}
     return {"pushed": True, "url": receipt.url, "revision": receipt.revision}
+
+
+def _check(check: Check) -> dict[str, Any]:
+    return {**asdict(check), "result": check.result.name}
 
 
 def _reasons(verdict: Verdict) -> Iterator[str]:

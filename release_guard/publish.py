@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from release_guard.attacks import Attack
 from release_guard.attestation import attest
 from release_guard.card import Publication, card
-from release_guard.errors import IntegrityError, ModelError, PolicyError
+from release_guard.composition import kept
+from release_guard.errors import ImmunizationError, IntegrityError, ModelError, PolicyError
 from release_guard.evidence import SCHEMA, SUITE, Cost, Evidence, StageReport, canonical_json
 from release_guard.gate import gate
 from release_guard.hubs import Hub
@@ -21,12 +22,14 @@ from release_guard.phases import data_digests
 from release_guard.plugins import Spec
 from release_guard.policy import HUB_PREFIX, Policy
 from release_guard.redteam import Session, Subject, red_team
-from release_guard.release import Candidate, Receipt, Verdict
+from release_guard.release import Candidate, Check, Receipt, Result, Verdict
 from release_guard.report import render
 from release_guard.run import Run, folder_made_whole, share_files
 from release_guard.sham_weights import sham_of
+from release_guard.sharding import gather, settled
+from release_guard.shards import leads, wait, world
 from release_guard.signers import Signer
-from release_guard.stages import Stage, Workspace
+from release_guard.stages import Stage, Workspace, misplaced
 from release_guard.verify import Trust, require_intact, verify
 
 if TYPE_CHECKING:
@@ -73,6 +76,32 @@ class Assessed:
     report: Path
 
 
+@dataclass(frozen=True)
+class Immunized:
+    """A folder of immunized weights, what the stages said, and whether they compose."""
+
+    folder: Path
+    stages: tuple[StageReport, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def composed(self) -> bool:
+        """Whether the effect of every stage is there, as the gate will ask."""
+        return all(check.result is Result.PASS for check in self.checks)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a run begins with: all of it checked, the base loaded, the folder claimed."""
+
+    modality: Modality
+    source: Path
+    undefended: Path
+    ancestor: Path | None
+    base: "ModelHandle"
+    run: Run
+
+
 def publish(order: Order, output: Path, session: Session) -> Published:
     """Immunize a model and push it if, and only if, it passes the policy's gate."""
     policy = order.policy
@@ -108,6 +137,26 @@ def assess(order: Order, output: Path, session: Session) -> Assessed:
     return Assessed(verdict, evidence, run.report)
 
 
+def immunize(order: Order, output: Path, session: Session) -> Immunized:
+    """Apply the policy's stages and nothing else; `publish` goes on from the same folder.
+
+    Under `torchrun` every process has to call it, and each trains its share.
+
+    Raises:
+        PolicyError: The policy has no stage, or `output` belongs to another run.
+        ModelError: The model or its data cannot be used, or not in several processes.
+        ImmunizationError: A stage failed.
+    """
+    if not order.policy.stages:
+        raise PolicyError(
+            "the policy has no stage, so there is nothing to immunize with; add one under "
+            "[[stages]], or publish the model as it is"
+        )
+    opened = _open(order, output, session)
+    reports = _immunize(opened.base, order.policy, opened.run, session)
+    return Immunized(opened.run.immunized, reports, tuple(kept(reports, order.policy)))
+
+
 def check_plugins(policy: Policy) -> tuple[Hub, Signer]:
     """Build every plug-in once, so that a wrong option stops here, before any work."""
     Modality.build(policy.modality, where="modality")
@@ -132,6 +181,33 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
         ModelError: A model or its data cannot be used.
         ImmunizationError: A stage failed.
     """
+    opened = _open(order, output, session)
+    base, run = opened.base, opened.run
+    stages: tuple[StageReport, ...] = ()
+    if order.as_is or not order.policy.stages:
+        _take_as_it_is(opened.source, run)
+    else:
+        stages = _immunize(base, order.policy, run, session)
+    immunized = opened.modality.load(str(run.immunized))
+    moved = _make_sham(base, immunized, run, order.policy, session)
+    subject = Subject(
+        opened.undefended,
+        run.immunized,
+        base,
+        immunized,
+        stages,
+        moved,
+        opened.ancestor,
+        as_is=order.as_is,
+    )
+    return subject, run
+
+
+def _open(order: Order, output: Path, session: Session) -> _Opened:
+    """Everything that can be known before anything is spent; claims the folder.
+
+    The leading process claims it; the others, if there are any, wait for that.
+    """
     check_order(order)
     source = local_folder(order.source)
     undefended = local_folder(order.base) if order.base else source
@@ -143,6 +219,8 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
         "suite": SUITE,
     }
     check_attacks(order.policy)
+    if not order.as_is:
+        check_stage_kinds(order.policy)
     check_donors(order.policy, source, undefended)
     ancestor = public_ancestor(order.policy, source, undefended)
     if ancestor is not None:
@@ -156,43 +234,35 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
         check_stages(base, order.policy)
     about["data"] = data_digests(base, order.policy)
     about["retained"] = base.digest(order.policy.retain.dataset)
-    run = Run.claim(output, about)
-    run.write(run.policy.name, order.policy.source)
-    stages: tuple[StageReport, ...] = ()
-    if order.as_is or not order.policy.stages:
-        _take_as_it_is(source, run)
-    else:
-        stages = _immunize(base, order.policy, run, session)
-    immunized = modality.load(str(run.immunized))
-    moved = _make_sham(base, immunized, run, order.policy, session)
-    subject = Subject(
-        undefended,
-        run.immunized,
-        base,
-        immunized,
-        stages,
-        moved,
-        ancestor,
-        as_is=order.as_is,
-    )
-    return subject, run
+    if leads():
+        Run.claim(output, about).write(Run(output).policy.name, order.policy.source)
+    wait()
+    return _Opened(modality, source, undefended, ancestor, base, Run(output))
 
 
 def check_stages(base: "ModelHandle", policy: Policy) -> None:
-    """Whether every stage can work on this kind of model, this model and these data.
+    """Whether every stage can work on this model and these data, in as many processes.
 
     Raises:
-        PolicyError: A stage is for other kinds of models.
-        ImmunizationError: It cannot work on this one.
+        ImmunizationError: It cannot.
     """
     for place, spec in enumerate(policy.stages):
-        stage, kind = Stage.build(spec, where=f"stages[{place}]"), policy.modality.name
-        if stage.modalities and kind not in stage.modalities:
-            others = ", ".join(stage.modalities)
-            raise PolicyError(
-                f"stages[{place}]: {spec.name} is for {others}, not for {kind}; remove it"
+        stage = Stage.build(spec, where=f"stages[{place}]")
+        if world() > 1 and not stage.shardable:
+            raise ImmunizationError(
+                f"stages[{place}]: {spec.name} works in one process only, and there are {world()}"
             )
         stage.check(base, policy)
+
+
+def check_stage_kinds(policy: Policy) -> None:
+    """Whether every stage is for this kind of model.
+
+    Raises:
+        PolicyError: One line for each that is not.
+    """
+    if lines := tuple(misplaced(policy)):
+        raise PolicyError("\n".join(lines))
 
 
 def check_order(order: Order) -> None:
@@ -431,7 +501,7 @@ def _immunize(
     """Apply the stages in order and save the result; a finished one is taken from the folder."""
     if run.immunized.is_dir():
         return tuple(map(StageReport.model_validate, json.loads(run.stages.read_bytes())))
-    model, applied = base, []
+    model, applied = settled(base), []
     for place, spec in enumerate(policy.stages):
         before, stage = model, Stage.build(spec)
         model, report = _apply(stage, before, policy, run, place, session)
@@ -440,11 +510,13 @@ def _immunize(
             (stage, before, report.seen(spec.name, stage.effect(before, model, policy)))
             for stage, before, report in applied
         ]
-    reports = [report for _, _, report in applied]
-    run.write(run.stages.name, canonical_json([report.model_dump() for report in reports]))
-    with folder_made_whole(run.immunized) as folder:
-        model.save(folder)
-    return tuple(reports)
+    reports = tuple(report for _, _, report in applied)
+    if (whole := gather(model)) is not None:
+        run.write(run.stages.name, canonical_json([report.model_dump() for report in reports]))
+        with folder_made_whole(run.immunized) as folder:
+            whole.save(folder)
+    wait()
+    return reports
 
 
 def _make_sham(
@@ -476,7 +548,7 @@ def _apply(
         private=run.private,
         progress=progress,
         spend=spent.append,
-        workers=session.workers,
+        workers=session.workers if world() == 1 else 1,
     )
     started = time.perf_counter()
     immunized = stage.immunize(model, policy, workspace)

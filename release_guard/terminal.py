@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 SCHEMA_VERSION = 1  # of the documents that --json prints
+_PATIENCE = 5  # seconds
 _QUIET_SECONDS = 30  # between two log lines of a phase
 
 
@@ -28,6 +29,7 @@ class Terminal:
         verbosity: 1: every trial; 2: tracebacks too.
         warnings: What was warned of, for the document.
         pushing: A push may have reached the hub by now.
+        follows: Another process of the same command speaks for this one, too.
     """
 
     command: str = ""
@@ -36,6 +38,7 @@ class Terminal:
     verbosity: int = 0
     warnings: list[str] = field(default_factory=list)
     pushing: bool = False
+    follows: bool = False
     _phase: "_Phase | None" = None
     _bars: "Progress | None" = None
     _bar: "TaskID | None" = None
@@ -43,6 +46,8 @@ class Terminal:
     def data(self, text: str, document: Mapping[str, Any]) -> None:
         """The outcome: `text` for people and pipes, or the whole `document`."""
         self.close()
+        if self.follows:
+            return
         if self.as_json:
             self._print_document(document)
         elif text:
@@ -50,17 +55,24 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Something for people; never data."""
-        if not self.quiet:
+        if not (self.quiet or self.follows):
             self._to_stderr(text)
 
     def warn(self, line: str) -> None:
         """Something that does not stop the command but must not be missed."""
         self.warnings.append(line)
+        if self.follows:
+            return
         self._to_stderr(f"{click.style('warning:', fg='yellow')} {line}")
 
     def fail(self, lines: Sequence[str], exit_code: int) -> int:
-        """Say why it ends here, one line each, and give the exit code back."""
+        """Say why it ends here, one line each, and give the exit code back.
+
+        Where another process speaks, it has time to say the same and to end them all.
+        """
         self.close()
+        if self.follows:
+            time.sleep(_PATIENCE)
         for line in lines:
             self._to_stderr(f"{click.style('error:', fg='red')} {line}")
         if self.as_json:
@@ -70,6 +82,8 @@ class Terminal:
     def stop(self, line: str, exit_code: int) -> int:
         """Say that somebody ended it, which is no error, and give the exit code back."""
         self.close()
+        if self.follows:
+            return exit_code
         self._to_stderr(line)
         if self.as_json:
             self._print_document({"exit_code": exit_code, "errors": [line]})
@@ -86,7 +100,7 @@ class Terminal:
             self._phase = _Phase(phase, total, now, done)
             self._bar = None
         self._phase.done = done
-        if self.quiet:
+        if self.quiet or self.follows:
             return
         if sys.stderr.isatty():
             self._draw(self._phase, line)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from release_guard.data import Overlap, Split
 from release_guard.errors import ModelError
 from release_guard.plugins import Plugin
+from release_guard.shards import like
 
 Batch = Mapping[str, Tensor]
 State = dict[str, Tensor]
@@ -246,7 +247,7 @@ def reinitialize(layer: nn.Linear, *, seed: int) -> None:
     weight_CF = torch.empty(layer.weight.shape)
     nn.init.xavier_uniform_(weight_CF, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        layer.weight.copy_(weight_CF)
+        layer.weight.copy_(like(weight_CF, layer.weight))
         if layer.bias is not None:
             layer.bias.zero_()
 

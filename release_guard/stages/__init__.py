@@ -1,7 +1,7 @@
 """Defences that rewrite weights before release."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -40,6 +40,9 @@ class Stage(Plugin):
     paper: ClassVar[str]
     modalities: ClassVar[tuple[str, ...]] = ()
     """Kinds of models that it works on; none named: all."""
+    shardable: ClassVar[bool] = False
+    """Whether it works on models that lie in parts in several processes: batches reach the network
+    only through the handle's `logits`, `features` and `loss`, gradients come by `backward`."""
 
     @abstractmethod
     def immunize(self, model: ModelHandle, policy: Policy, workspace: Workspace) -> ModelHandle:
@@ -119,3 +122,13 @@ class TrainedStage(Stage):
         )
         training = self.training(model, policy, workspace)
         return training.complete(pace, workspace.directory, workspace.progress, workspace.spend)
+
+
+def misplaced(policy: Policy) -> Iterator[str]:
+    """One line for each of a policy's stages that is for other kinds of models."""
+    kind = policy.modality.name
+    for place, spec in enumerate(policy.stages):
+        stage = Stage.build(spec, where=f"stages[{place}]")
+        if stage.modalities and kind not in stage.modalities:
+            others = ", ".join(stage.modalities)
+            yield f"stages[{place}]: {spec.name} is for {others}, not for {kind}; remove it"
