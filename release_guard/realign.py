@@ -113,7 +113,15 @@ def _rotate(work: State, anchor: State, body: Anatomy, *, finely: bool) -> None:
             parts += [state[f"{layer}.weight"] for mlp in body.mlps for layer in mlp.readers]
         return torch.cat(parts)
 
-    turn_DD = rotation(vectors(work), vectors(anchor), centred=stream.centred)
+    turn_stream(work, stream, rotation(vectors(work), vectors(anchor), centred=stream.centred))
+
+
+def turn_stream(work: State, stream: Stream, turn_DD: Tensor) -> None:
+    """Rotate, in place, all that is written to the residual stream and read from it.
+
+    Keeps the function where normalisations have no gains and, if they are centred, the matrix keeps
+    the mean.
+    """
     for name, axis in stream.inputs:
         work[name] = (work[name].movedim(axis, -1) @ turn_DD).movedim(-1, axis)
     for output in stream.outputs:
@@ -168,18 +176,18 @@ def _match_heads(work: State, anchor: State, attention: Attention) -> None:
     here_G = torch.arange(attention.groups, device=order_G.device)
     order_GS = inside_GGS[here_G, order_G]
     for role in _ROLES:
-        heads_GSHI = _heads(work, attention, role)[order_G]
+        heads_GSHI = heads_of(work, attention, role)[order_G]
         if role in {"query", "output"}:
             heads_GSHI = heads_GSHI[here_G[:, None], order_GS]
-        _put_heads(work, attention, role, heads_GSHI)
+        put_heads(work, attention, role, heads_GSHI)
 
 
 def _head_cosines(one: State, other: State, attention: Attention) -> Tensor:
     """Cosines (G, S, G, S) of the products of outputs with values, of one and the other model."""
 
     def inner(one: State, other: State) -> Tensor:
-        outputs = (_heads(state, attention, "output") for state in (one, other))
-        values = (_heads(state, attention, "value")[:, 0] for state in (one, other))
+        outputs = (heads_of(state, attention, "output") for state in (one, other))
+        values = (heads_of(state, attention, "value")[:, 0] for state in (one, other))
         outward = torch.einsum("gshd,ftkd->gsfthk", *outputs)
         inward = torch.einsum("ghi,fki->gfhk", *values)
         return torch.einsum("gsfthk,gfhk->gsft", outward, inward)
@@ -204,25 +212,25 @@ def _fit_pair(
     work: State, anchor: State, attention: Attention, roles: tuple[Role, Role], fit: Fit
 ) -> None:
     parts = [
-        _heads(state, attention, role).movedim(1, 2).flatten(2)  # heads of a group side by side
+        heads_of(state, attention, role).movedim(1, 2).flatten(2)  # heads of a group side by side
         for state in (work, anchor)
         for role in roles
     ]
     mixes_GHH = torch.stack([fit(*group) for group in zip(*parts, strict=True)])
     for role, mix_GHH in zip(roles, (mixes_GHH, torch.linalg.inv(mixes_GHH).mT), strict=True):
-        _put_heads(work, attention, role, mix_GHH[:, None] @ _heads(work, attention, role))
+        put_heads(work, attention, role, mix_GHH[:, None] @ heads_of(work, attention, role))
 
 
 def _anchor_heads(work: State, anchor: State, attention: Attention) -> None:
     """Bring each projection of each head near its ancestor's, in place, whatever that bends."""
     for role in _ROLES:
-        ours, theirs = (_heads(state, attention, role) for state in (work, anchor))
+        ours, theirs = (heads_of(state, attention, role) for state in (work, anchor))
         pairs = zip(ours.flatten(0, 1), theirs.flatten(0, 1), strict=True)
         mixes_AHH = torch.stack([least_squares(*pair) for pair in pairs])
-        _put_heads(work, attention, role, (mixes_AHH @ ours.flatten(0, 1)).view_as(ours))
+        put_heads(work, attention, role, (mixes_AHH @ ours.flatten(0, 1)).view_as(ours))
 
 
-def _heads(state: State, attention: Attention, role: Role) -> Tensor:
+def heads_of(state: State, attention: Attention, role: Role) -> Tensor:
     """Rows of a projection, or columns of the output layer, by head (G, S, H, I)."""
     layer = getattr(attention, role)
     rows = state[f"{layer}.weight"].T if role == "output" else with_bias(state, layer)
@@ -230,7 +238,8 @@ def _heads(state: State, attention: Attention, role: Role) -> Tensor:
     return rows.reshape(attention.groups, -1, width, rows.shape[1])
 
 
-def _put_heads(state: State, attention: Attention, role: Role, heads_GSHI: Tensor) -> None:
+def put_heads(state: State, attention: Attention, role: Role, heads_GSHI: Tensor) -> None:
+    """Put back, in place, what `heads_of` gave."""
     layer, rows = getattr(attention, role), heads_GSHI.flatten(0, 2)
     if role == "output":
         state[f"{layer}.weight"] = rows.T

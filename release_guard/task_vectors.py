@@ -1,0 +1,111 @@
+"""What fine-tuning changed, seen from the public base: where it lies and what it merges to."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from release_guard.anatomy import anatomy
+from release_guard.errors import ImmunizationError, ModelError
+from release_guard.ingredients import head_names
+from release_guard.modalities import Batch, ModelHandle, State
+from release_guard.policy import Policy
+from release_guard.realign import realign
+from release_guard.trapping import along, loss_with
+
+_SHARES = 0.3, 0.6  # of the way from the base, at which merges are looked at
+_TINY = 1e-30
+
+
+def public_base(model: ModelHandle, policy: Policy) -> ModelHandle:
+    """What the model was made from, with the model's data.
+
+    Raises:
+        ImmunizationError: There is none, several, or it is the model itself.
+        ModelError: It cannot be loaded, or has other shapes.
+    """
+    named = {target.base or policy.red_team.ancestor for target in policy.merge_targets}
+    if len(named) > 1:
+        raise ImmunizationError("all merge targets must have the same base")
+    (source,) = named
+    if source is None or source == "undefended":
+        advice = "name the public model it was made from as merge_targets.base"
+        raise ImmunizationError(f"it is not known what the model came from; {advice}")
+    return model.peer(source)
+
+
+def merged_names(model: ModelHandle) -> list[str]:
+    """Weights that are merged: all but the last layer's, of which each task keeps its own."""
+    heads = head_names(model)
+    return [name for name, _ in model.module.named_parameters() if name not in heads]
+
+
+def by_family(model: ModelHandle) -> dict[str, list[str]]:
+    """Weight matrices of attention and of MLPs; all layers together where those are not known."""
+    try:
+        body = anatomy(model.module)
+    except ModelError:
+        named = model.module.named_modules()
+        layers = [name for name, part in named if isinstance(part, nn.Linear | nn.Conv2d)]
+        heads = head_names(model)
+        return {
+            "all layers": [f"{name}.weight" for name in layers if f"{name}.weight" not in heads]
+        }
+    return {
+        family: [f"{layer}.weight" for part in parts for layer in part.layers]
+        for family, parts in (("attention", body.attentions), ("MLP", body.mlps))
+    }
+
+
+def matrix_names(model: ModelHandle) -> list[str]:
+    """All of them."""
+    return [name for names in by_family(model).values() for name in names]
+
+
+def distance(state: State, anchor: State, names: Sequence[str]) -> float:
+    """Norm of what was changed in some weights, relative to the base's."""
+    moved, known = (
+        math.fsum(part.double().square().sum().item() for part in parts)
+        for parts in (
+            [state[name] - anchor[name] for name in names],
+            [anchor[name] for name in names],
+        )
+    )
+    return math.sqrt(moved / (known + _TINY))
+
+
+def cosine(one: State, other: State, anchor: State, names: Sequence[str]) -> float:
+    """Cosine of two task vectors."""
+    deltas = [
+        torch.cat([(state[name] - anchor[name]).double().flatten() for name in names])
+        for state in (one, other)
+    ]
+    return float(nn.functional.cosine_similarity(deltas[0], deltas[1], dim=0))
+
+
+def share_unmoved(state: State, anchor: State, names: Sequence[str]) -> float:
+    """Share of the entries that are the base's: a mask that was taken back shows here."""
+    same = sum(int((state[name] == anchor[name]).sum()) for name in names)
+    return same / sum(anchor[name].numel() for name in names)
+
+
+def nearest(model: ModelHandle, anchor: State) -> State:
+    """The weights as whoever merges brings them near the base; as they are if nobody knows how."""
+    try:
+        return realign(model.state(), anchor, anatomy(model.module), "joint")
+    except ModelError:
+        return model.state()
+
+
+def merged_loss(
+    model: ModelHandle, state: Mapping[str, torch.Tensor], anchor: State, batch: Batch
+) -> float:
+    """Mean loss of the task after .3 and .6 of the way from the base, in nats."""
+    weights = {name: state[name] for name, _ in model.module.named_parameters()}
+    with torch.no_grad():
+        losses = [
+            loss_with(model, along(anchor, weights, dict.fromkeys(merged_names(model), s)), batch)
+            for s in _SHARES
+        ]
+    return torch.stack(losses).mean().item()
