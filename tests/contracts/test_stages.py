@@ -1,7 +1,9 @@
 """What every stage must do, whichever ship."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pico
 import pytest
@@ -17,8 +19,22 @@ QUICK = {
     "condition_number": {"updates": 2},
     "sophon": {"outer_steps": 3, "batch": 16, "query": 16, "ntr_batch": 16, "tail_steps": 2},
     "mima": {"outer_steps": 2, "batch": 8, "prior_batch": 8, "measured_steps": 2, "probed": 50},
+    "merge_guard": {"train_steps": 2, "start": "undefended", "batch": 8},
     "concept_suppression": {"total_steps": 2, "batch": 8, "upper_batch": 8, "pool": 8},
 }
+
+
+def merge_target(examples: Path, relative: Path) -> dict[str, Any]:
+    """A task of the model, its base and a donor; nobody merges here."""
+    return {
+        "name": "task",
+        "dataset": str(examples / "retained.parquet"),
+        "ceiling": 0.9,
+        "donor": str(relative),
+        "base": str(relative),
+        "donor_dataset": str(examples / "restricted.parquet"),
+    }
+
 
 Ground = Callable[[Stage], tuple[Policy, ModelHandle]]
 
@@ -35,15 +51,17 @@ def ground(tmp_path: Path, request: pytest.FixtureRequest) -> Ground:
         kind, data, folder = "image_classification", "image_data", "classifier_folder"
         if stage.modalities and kind not in stage.modalities:
             kind, data, folder = "text_to_image", "picture_data", "pipeline_folder"
+        source, examples = (request.getfixturevalue(name) for name in (folder, data))
+        model = Modality.build(Spec(name=kind)).load(str(source))
+        model.fresh(seed=1).save(tmp_path / "relative")
         path = pico.pico_policy(
             tmp_path,
-            request.getfixturevalue(data),
+            examples,
             retain={"margin": 0.9},
             modality={"name": kind},
+            merge_targets=[merge_target(examples, tmp_path / "relative")],
         )
-        policy = Policy.load(path)
-        source = str(request.getfixturevalue(folder))
-        return policy, Modality.build(policy.modality).load(source)
+        return Policy.load(path), model
 
     return make
 
@@ -75,9 +93,9 @@ def test_a_stage_is_deterministic_given_the_seed(name: str, tmp_path: Path, grou
     policy, model = ground(stage)
 
     def state(folder: str, seed: int) -> dict[str, torch.Tensor]:
-        directory = tmp_path / folder
         seeded = policy.model_copy(update={"seed": seed})
-        return stage.immunize(model, seeded, quiet(directory)).state()
+        workspace = replace(quiet(tmp_path / folder), private=quiet(tmp_path).private)
+        return stage.immunize(model, seeded, workspace).state()
 
     first, again, other = state("a", 1), state("b", 1), state("c", 2)
     assert all(torch.equal(first[key], again[key]) for key in first)
