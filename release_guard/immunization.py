@@ -25,6 +25,7 @@ from release_guard.policy import Policy
 from release_guard.sharding import forms
 from release_guard.shards import agree, are_finite, leads, parted, portable, world
 
+_CAN_RECOMPUTE = ("supports_gradient_checkpointing", "_supports_gradient_checkpointing")
 _PASS = 6  # floating-point operations a weight and position: forward 2, backward 4
 
 
@@ -237,12 +238,20 @@ def divided(batch: Batch, size: int) -> tuple[Batch, Batch]:
 
 
 def recompute_activations(module: nn.Module) -> None:
-    """Have every part that can do so compute its activations again in the backward pass."""
+    """Have every part that can do so compute its activations again in the backward pass.
+
+    Raises:
+        ImmunizationError: There is none.
+    """
     parts: Iterator[Any] = module.modules()
-    for part in parts:
-        if hasattr(part, "gradient_checkpointing_enable"):  # transformers
-            part.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-        elif hasattr(part, "enable_gradient_checkpointing"):  # diffusers
+    able = [part for part in parts if any(getattr(part, name, False) for name in _CAN_RECOMPUTE)]
+    for part in able:
+        if hasattr(part, "activation_checkpointing_enable"):  # transformers
+            part.activation_checkpointing_enable({"use_reentrant": False})
+        else:  # diffusers
             part.enable_gradient_checkpointing()
+    if not able:
+        raise ImmunizationError(
+            f"checkpointing: {type(module).__name__} cannot compute its activations again; leave "
+            "the option out"
+        )
