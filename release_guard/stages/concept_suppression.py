@@ -4,20 +4,22 @@ Distilling a pruned model teaches it anew what its data leave out, and suppressi
 costs what distillation gave; so both levels are descended together. Shapes: N pictures.
 """
 
+import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from release_guard import pruning
+from release_guard.distillation import Levels
 from release_guard.errors import ImmunizationError
 from release_guard.immunization import Training, update
 from release_guard.modalities import Batch, Modality, ModelHandle, Painter, evaluating
 from release_guard.policy import Policy
+from release_guard.simulation import Attacker, Drawn
 from release_guard.stages import TrainedStage, Workspace
 
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -52,6 +54,19 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "warmup": 250,
         "final_lr": 1.0,
     },
+    # That beside a second copy that learns everything, also between the two and under attack.
+    "hardened": {
+        "mode": "penalty",
+        "copies": "two",
+        "total_steps": 40_000,
+        "inner": 1,
+        "weight": 1.0,
+        "lr": 1e-5,
+        "warmup": 250,
+        "final_lr": 0.1,
+        "merge_share": 0.6,
+        "attackers": 2,
+    },
 }
 
 
@@ -61,7 +76,7 @@ class ConceptSuppression(TrainedStage):
     paper = "https://arxiv.org/abs/2412.15341"
     modalities = ("text_to_image",)
 
-    variant: Literal["paper", "code", "joint"] = "joint"
+    variant: Literal["paper", "code", "joint", "hardened"] = "hardened"
     """Sets every option that is not given."""
     teacher: str = ""
     """The whole model that the one given was pruned from: a folder or `OWNER/NAME@REVISION`, of the
@@ -87,6 +102,8 @@ class ConceptSuppression(TrainedStage):
     """From there on they fall linearly to this share of themselves."""
     batch: int = Field(16, ge=1)
     """Retained pictures of a step."""
+    unasked_share: float = Field(0.1, ge=0, lt=1)
+    """Share of them that is learnt under no prompt, as guidance needs it."""
     upper_batch: int = Field(16, ge=1)
     """Concept pictures of an upper step."""
     pool: int = Field(64, ge=1)
@@ -101,6 +118,16 @@ class ConceptSuppression(TrainedStage):
     """Of the distance to the teacher's output and of that to its blocks' outputs."""
     snr_gamma: float = Field(5.0, gt=0)
     """Largest signal-to-noise ratio that counts in the denoising loss."""
+    merge_share: float = Field(0.0, ge=0, lt=1)
+    """The upper level is met by merges with up to this share of the second copy, drawn anew at each
+    step: by what a merge of the release with a distilled sibling gives. Asks for two copies."""
+    attackers: int = Field(0, ge=0)
+    """Simulated attackers, who relearn the concepts on copies that move with the released weights,
+    one step of one of them at each step on both levels; the upper level is met by them too."""
+    horizon: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (5, 40)
+    """Steps after which one begins anew, drawn uniformly."""
+    attack_lr: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (3e-4, 3e-3)
+    """Range of their learning rates, Adam, drawn log-uniformly."""
     probed: int = Field(64, ge=1)
     """Examples scored at a look, at most; with a judge each of them is painted."""
 
@@ -108,7 +135,7 @@ class ConceptSuppression(TrainedStage):
     @classmethod
     def _fill_from_variant(cls, values: Any) -> Any:
         if isinstance(values, Mapping):
-            return {**_VARIANTS.get(values.get("variant", "joint"), {}), **values}
+            return {**_VARIANTS.get(values.get("variant", "hardened"), {}), **values}
         return values
 
     @property
@@ -119,6 +146,10 @@ class ConceptSuppression(TrainedStage):
         if not policy.concepts:
             raise ImmunizationError(
                 "concept_suppression: the policy names no concept; add one, or leave it out"
+            )
+        if self.merge_share and self.copies != "two":
+            raise ImmunizationError(
+                "concept_suppression: merge_share asks for a second copy; set copies to two"
             )
         student, teacher = _painter(model), self._teacher(model, policy)
         if student.unet.config.block_out_channels != teacher.unet.config.block_out_channels:
@@ -142,45 +173,39 @@ class ConceptSuppression(TrainedStage):
                 student.batches(concept.dataset, "immunize", size=size, seed=0)
 
     def training(self, model: ModelHandle, policy: Policy, workspace: Workspace) -> Training:
-        return _Bilevel(self, _painter(model), self._teacher(model, policy), policy)
+        return _Bilevel(self, _painter(model), self._levels(model, policy), policy)
 
     def measure(
         self, base: ModelHandle, immunized: ModelHandle, policy: Policy
     ) -> Mapping[str, float]:
         """Both levels' losses and the pull of each concept, before and after; the UNets' sizes."""
-        teacher = self._teacher(base, policy)
+        levels = self._levels(base, policy)
         figures = {
             "MACs of the UNet, million": pruning.macs(_painter(immunized).unet) / 1e6,
-            "MACs of the teacher's UNet, million": pruning.macs(teacher.unet) / 1e6,
+            "MACs of the teacher's UNet, million": pruning.macs(levels.teacher.unet) / 1e6,
         }
         for name, handle in (("base", base), ("immunized", immunized)):
             student = _painter(handle)
-            retained = _fixed(student, policy.retain.dataset, "guard", self.upper_batch)
-            with evaluating(student.module), evaluating(teacher.module):
-                lower = self.lower_loss(student, teacher, retained)
-                apart = _mean_square(student.predicted(retained) - teacher.predicted(retained))
-                figures[f"lower loss on retained pictures, {name}"] = float(lower)
-                figures[f"distance to the teacher on retained pictures, {name}"] = float(apart)
-            for concept in policy.concepts:
-                batch = _fixed(student, concept.dataset, "immunize", self.upper_batch)
-                with evaluating(student.module):
-                    upper = self.upper_loss(student, teacher, batch)
-                    figures[f"upper loss on {concept.name}, {name}"] = float(upper)
-                    pull = self._pull(student, teacher, batch)
-                    figures[f"pull of {concept.name}, {name}"] = float(pull)
+            with evaluating(student.module):
+                batch = _fixed(student, policy.retain.dataset, "guard", self.upper_batch)
+                lower, apart = float(levels.lower(student, batch)), levels.distance(student, batch)
+                figures[f"lower loss on retained pictures, {name}"] = lower
+                figures[f"distance to the teacher on retained pictures, {name}"] = apart
+                for concept in policy.concepts:
+                    batch = _fixed(student, concept.dataset, "immunize", self.upper_batch)
+                    upper = float(levels.upper(student, batch, levels.target(batch)))
+                    figures[f"upper loss on {concept.name}, {name}"] = upper
+                    figures[f"pull of {concept.name}, {name}"] = levels.pull(student, batch)
         return {name: round(value, 4) for name, value in figures.items()}
 
     def effect(self, base: ModelHandle, immunized: ModelHandle, policy: Policy) -> float:
-        """By how much the concepts' pull fell."""
-        teacher, falls = self._teacher(base, policy), []
+        """By how much the concepts' pull fell, mean."""
+        levels, falls = self._levels(base, policy), []
+        before, after = _painter(base), _painter(immunized)
         for concept in policy.concepts:
-            pulls = []
-            for handle in (base, immunized):
-                student = _painter(handle)
-                batch = _fixed(student, concept.dataset, "immunize", self.upper_batch)
-                with evaluating(student.module):
-                    pulls.append(float(self._pull(student, teacher, batch)))
-            falls.append(pulls[0] - pulls[1])
+            batch = _fixed(before, concept.dataset, "immunize", self.upper_batch)
+            with evaluating(before.module), evaluating(after.module):
+                falls.append(levels.pull(before, batch) - levels.pull(after, batch))
         return sum(falls) / len(falls)
 
     def caveats(self, model: ModelHandle, policy: Policy) -> Sequence[str]:
@@ -190,36 +215,9 @@ class ConceptSuppression(TrainedStage):
         )
         return (yardstick,) if self.teacher else ()
 
-    def lower_loss(self, student: Painter, teacher: Painter, batch: Batch) -> Tensor:
-        """Denoising and distillation: L_diff + a L_out + b L_feat."""
-        with _block_outputs(student.unet) as mine:
-            found = student.predicted(batch)
-        with torch.no_grad(), _block_outputs(teacher.unet) as theirs:
-            taught = teacher.predicted(batch)
-        weights_N = student.min_snr(batch, gamma=self.snr_gamma)
-        errors_N = (found - student.wanted(batch)).square().flatten(1).mean(dim=1)
-        output, features = self.kd_weights
-        apart = [_mean_square(one - other) for one, other in zip(mine, theirs, strict=True)]
-        return (
-            (weights_N * errors_N).mean()
-            + output * _mean_square(found - taught)
-            + features * torch.stack(apart).mean()
-        )
-
-    def upper_loss(self, student: Painter, teacher: Painter, batch: Batch) -> Tensor:
-        """Distance of the prediction for the concept to the target that the teacher gives."""
-        with torch.no_grad():
-            if self.anchor is not None:
-                target = teacher.predicted(teacher.asked(batch, self.anchor))
-            else:
-                without = teacher.predicted(teacher.asked(batch, ""))
-                target = away(without, teacher.predicted(batch), eta=self.eta)
-        return _mean_square(student.predicted(batch) - target)
-
-    def _pull(self, student: Painter, teacher: Painter, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            without = teacher.predicted(teacher.asked(batch, self.anchor or ""))
-            return pull(student.predicted(batch), without, teacher.predicted(batch))
+    def _levels(self, model: ModelHandle, policy: Policy) -> Levels:
+        teacher = self._teacher(model, policy)
+        return Levels(teacher, self.kd_weights, self.snr_gamma, self.eta, self.anchor)
 
     def _teacher(self, model: ModelHandle, policy: Policy) -> Painter:
         """In evaluation mode, without gradients."""
@@ -231,46 +229,27 @@ class ConceptSuppression(TrainedStage):
         return _painter(teacher)
 
 
-def away(without: Tensor, with_concept: Tensor, *, eta: float) -> Tensor:
-    """ESD's target e_0 - eta (e_c - e_0): arXiv 2303.07345, equation 7, there of the model itself.
-
-    Args:
-        without: Prediction e_0 under no prompt.
-        with_concept: Prediction e_c under the concept's, of the same shape.
-        eta: 0: as if nothing had been asked for; more: away from the concept.
-    """
-    return without - eta * (with_concept - without)
-
-
-def pull(found: Tensor, without: Tensor, with_concept: Tensor) -> Tensor:
-    """How far a prediction goes from `without` (0) towards `with_concept` (1); ESD's target: -eta.
-
-    What a damaged model predicts beside that line does not count.
-    """
-    concept = with_concept - without
-    return ((found - without) * concept).sum() / concept.square().sum()
+def in_scope(name: str, scope: str) -> bool:
+    """Whether a UNet's weight is one of its cross-attentions, or one of the others."""
+    return scope == "all" or (".attn2." in name) == (scope == "cross_attention")
 
 
 class _Bilevel(Training):
     """The released weights, perhaps a copy that only learns, and a teacher that stays."""
 
     def __init__(
-        self, options: ConceptSuppression, base: Painter, teacher: Painter, policy: Policy
+        self, options: ConceptSuppression, base: Painter, levels: Levels, policy: Policy
     ) -> None:
         super().__init__(options.name, options.model_dump_json(), base, policy)
         self._options = options
-        self._teacher = teacher
+        self._levels = levels
         self._student = _trainable(self.theta)
-        self._parameters = list(self._student.unet.parameters())
-        self._upper_parameters = _scope(self._student.unet, options.scope)
-        self._lower = torch.optim.AdamW(self._parameters, lr=options.lr, weight_decay=0, fused=True)
-        self._upper = torch.optim.AdamW(
-            self._upper_parameters, lr=options.upper_lr, weight_decay=0, fused=True
-        )
+        self._lower = _adamw(self._student, options.lr)
+        self._upper = _adamw(self._student, options.upper_lr)
         self._second = _trainable(self.theta.copy())
-        self._second_lower = torch.optim.AdamW(
-            self._second.unet.parameters(), lr=options.lr, weight_decay=0, fused=True
-        )
+        self._second_lower = _adamw(self._second, options.lr)
+        self._between = _trainable(self.theta.copy())
+        self._attackers: list[Attacker] = []
         self._holes = pruning.holes(self._student.unet)
         self._pools = [self._painted(concept.dataset) for concept in policy.concepts]
 
@@ -291,48 +270,116 @@ class _Bilevel(Training):
         return losses
 
     def changing(self) -> dict[str, Any]:
-        kept: dict[str, Any] = {
+        return {
             "lower": self._lower.state_dict(),
             "upper": self._upper.state_dict(),
+            "second": self._second.state() if self._options.copies == "two" else {},
+            "second lower": self._second_lower.state_dict(),
+            "attackers": [attacker.kept() for attacker in self._attackers],
         }
-        if self._options.copies == "two":
-            kept["second"] = self._second.state()
-            kept["second lower"] = self._second_lower.state_dict()
-        return kept
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         self._lower.load_state_dict(kept["lower"])
         self._upper.load_state_dict(kept["upper"])
         if self._options.copies == "two":
             self._second.load_state(kept["second"])
-            self._second_lower.load_state_dict(kept["second lower"])
+        self._second_lower.load_state_dict(kept["second lower"])
+        self._attackers = [Attacker.again(self._whole(), one) for one in kept["attackers"]]
 
     def _lower_step(self, student: Painter, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        loss = self._options.lower_loss(student, self._teacher, self._retained())
+        loss = self._levels.lower(student, self._retained())
         torch.autograd.backward(loss)
         self._update(student, optimizer, self._options.lr)
         return {"lower loss": loss.item()}
 
     def _upper_step(self) -> dict[str, float]:
-        loss = self._options.upper_loss(self._student, self._teacher, self._concept())
-        _add_gradient(loss, self._upper_parameters)
+        batch = self._concept()
+        target = self._levels.target(batch)
+        loss = self._levels.upper(self._student, batch, target)
+        self._add(_gradients(self._student, loss))
         self._update(self._student, self._upper, self._options.upper_lr)
         return {"upper loss": loss.item()}
 
     def _step_on_both(self) -> dict[str, float]:
         """One step on L_CU + weight (L_ft - what the second copy has): the penalty's outer step."""
         options, batch = self._options, self._retained()
-        lower = options.lower_loss(self._student, self._teacher, batch)
-        torch.autograd.backward(options.weight * lower)
-        upper = options.upper_loss(self._student, self._teacher, self._concept())
-        _add_gradient(upper, self._upper_parameters)
+        lower = self._levels.lower(self._student, batch)
+        gradients = _gradients(self._student, options.weight * lower)
+        losses = self._meet_upper_level()
+        for parameter, gradient in zip(self._student.unet.parameters(), gradients, strict=True):
+            parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
+        before = [parameter.detach().clone() for parameter in self.theta.module.parameters()]
         self._update(self._student, self._lower, options.lr)
-        losses = {"upper loss": upper.item(), "lower loss": lower.item()}
+        moves = [now - old for now, old in zip(self.theta.module.parameters(), before, strict=True)]
+        for attacker in self._attackers:
+            attacker.ride(moves)
+        losses["lower loss"] = lower.item()
         if options.copies == "two":
             with torch.no_grad():
-                second = options.lower_loss(self._second, self._teacher, batch)
+                second = self._levels.lower(self._second, batch)
             losses["gap"] = (lower - second).item()
         return losses
+
+    def _meet_upper_level(self) -> dict[str, float]:
+        """Gradients of L_CU at the released weights or a merge, and at an attacker's."""
+        options, batch = self._options, self._concept()
+        target = self._levels.target(batch)
+        share = random.Random(self.seed("share")).uniform(0, options.merge_share)  # noqa: S311
+        at = self._merged(share) if share else self._student
+        loss = self._levels.upper(at, batch, target)
+        self._add(_gradients(at, loss), scale=1 - share)
+        losses = {"upper loss": loss.item()}
+        if options.attackers:
+            attacker = self._attack_once()
+            attacked = self._levels.upper(_painter(attacker.model), batch, target)
+            losses["attacked"] = attacked.item()
+            if math.isfinite(losses["attacked"]):
+                self._add(_gradients(_painter(attacker.model), attacked))
+            else:
+                attacker.age, losses["attacked"] = attacker.life, 0.0  # it ruined itself
+        return losses
+
+    def _add(self, gradients: Sequence[Tensor], *, scale: float = 1.0) -> None:
+        """To those of the released weights that the upper level may move."""
+        named = self._student.unet.named_parameters()
+        for (name, parameter), gradient in zip(named, gradients, strict=True):
+            if in_scope(name, self._options.scope):
+                more = scale * gradient
+                parameter.grad = more if parameter.grad is None else parameter.grad + more
+
+    def _merged(self, share: float) -> Painter:
+        parts = (self._between, self._student, self._second)
+        with torch.no_grad():
+            for one in zip(*(part.unet.parameters() for part in parts), strict=True):
+                between, released, second = one
+                between.copy_(torch.lerp(released, second, share))
+        return self._between
+
+    def _attack_once(self) -> Attacker:
+        """The next attacker, one step on."""
+        options, chance = self._options, random.Random(self.seed("attacker"))  # noqa: S311
+        place = self.step // (options.inner + 1) % options.attackers
+        if place == len(self._attackers) or self._attackers[place].is_done:
+            low, high = map(math.log, options.attack_lr)
+            drawn = Drawn(
+                adam=True,
+                lr=math.exp(chance.uniform(low, high)),
+                life=chance.randint(*options.horizon),
+                concept=chance.randrange(len(self.policy.concepts)),
+            )
+            fresh = Attacker.of(self._whole(), drawn, seed=0)
+            self._attackers[place : place + 1] = [fresh]
+        attacker = self._attackers[place]
+        dataset = self.policy.concepts[attacker.drawn.concept].dataset
+        size = options.upper_batch
+        attacker.step(self.batch(dataset, "immunize", size=size, purpose="attack", passes=2))
+        return attacker
+
+    def _whole(self) -> ModelHandle:
+        """The released weights as an attacker has them: all of them can be trained."""
+        whole = self.theta.copy()
+        whole.module.requires_grad_(True)
+        return whole
 
     def _update(self, student: Painter, optimizer: torch.optim.Optimizer, rate: float) -> None:
         options, step = self._options, self.step
@@ -346,7 +393,12 @@ class _Bilevel(Training):
 
     def _retained(self) -> Batch:
         dataset, size = self.policy.retain.dataset, self._options.batch
-        return self.batch(dataset, "retain", size=size, purpose="retained", passes=4 / 3)
+        batch = self.batch(dataset, "retain", size=size, purpose="retained", passes=4 / 3)
+        chance = torch.Generator().manual_seed(self.seed("unasked"))
+        is_unasked_N = torch.rand(size, generator=chance) < self._options.unasked_share
+        empty_NL = self._student.asked(batch, "")["tokens"]
+        is_unasked_N1 = is_unasked_N[:, None].to(empty_NL.device)
+        return {**batch, "tokens": torch.where(is_unasked_N1, empty_NL, batch["tokens"])}
 
     def _concept(self) -> Batch:
         """What the teacher painted for a concept, with new noise."""
@@ -360,7 +412,7 @@ class _Bilevel(Training):
     def _painted(self, dataset: str) -> Batch:
         size, seed = self._options.pool, self.policy.seed
         captions = next(self.theta.batches(dataset, "immunize", size=size, seed=seed))
-        return self._teacher.repainted(captions, seed=seed)
+        return self._levels.teacher.repainted(captions, seed=seed)
 
 
 def _painter(model: ModelHandle) -> Painter:
@@ -377,40 +429,18 @@ def _trainable(model: ModelHandle) -> Painter:
     return student
 
 
-def _scope(unet: nn.Module, scope: str) -> list[nn.Parameter]:
-    """All of a UNet's weights, those of its cross-attentions, or the others."""
-    return [
-        parameter
-        for name, parameter in unet.named_parameters()
-        if scope == "all" or (".attn2." in name) == (scope == "cross_attention")
-    ]
+def _adamw(student: Painter, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(student.unet.parameters(), lr=lr, weight_decay=0, fused=True)
 
 
-def _add_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-
-
-@contextmanager
-def _block_outputs(unet: Any) -> Iterator[list[Tensor]]:
-    """What the down, mid and up blocks give while inside, in the order in which they work."""
-    found: list[Tensor] = []
-
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-    hooks = [block.register_forward_hook(keep) for block in blocks]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _gradients(model: Painter, loss: Tensor) -> list[Tensor]:
+    """A loss's gradients at the UNet; none stay behind."""
+    parameters = list(model.unet.parameters())
+    torch.autograd.backward(loss)  # gradients of sharded weights only come that way
+    found = [torch.zeros_like(part) if part.grad is None else part.grad for part in parameters]
+    model.module.zero_grad(set_to_none=True)
+    return found
 
 
 def _fixed(model: Painter, dataset: str, split: Any, size: int) -> Batch:
     return next(model.batches(dataset, split, size=size, seed=0))
-
-
-def _mean_square(difference: Tensor) -> Tensor:
-    return difference.square().mean()

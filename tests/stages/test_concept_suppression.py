@@ -1,5 +1,6 @@
 """The laws of both levels' losses and steps, and that the stage suppresses on a pico pipeline."""
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from torch import Tensor
 from workspaces import quiet
 
 from release_guard import pruning
+from release_guard.distillation import Levels, away, pull
 from release_guard.errors import ImmunizationError, ModelError
 from release_guard.modalities import Batch, Modality, ModelHandle, Painter
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.stages import Stage
-from release_guard.stages.concept_suppression import ConceptSuppression, away, pull
+from release_guard.stages.concept_suppression import ConceptSuppression
 
 SMALL: Mapping[str, Any] = {
     "total_steps": 4,
@@ -37,6 +39,11 @@ def stage(**options: Any) -> ConceptSuppression:
         "ConceptSuppression",
         Stage.build(Spec(name="concept_suppression", **{**SMALL, **options})),
     )
+
+
+def levels(teacher: Painter, **changes: Any) -> Levels:
+    usual: dict[str, Any] = {"kd_weights": (2, 0.1), "snr_gamma": 5, "eta": 1, "anchor": None}
+    return Levels(teacher, **{**usual, **changes})
 
 
 @pytest.fixture
@@ -91,17 +98,17 @@ def test_lower_loss_is_denoising_and_what_the_teacher_gives(
     model: Painter, other: Painter, batch: Batch
 ) -> None:
     with torch.no_grad():
-        plain = stage(kd_weights=(0, 0), snr_gamma=1e9).lower_loss(other, model, batch)
+        plain = levels(model, kd_weights=(0, 0), snr_gamma=1e9).lower(other, batch)
         # gamma never cuts: of velocities, snr / (snr + 1) is the share of signal
         snr_N = model.min_snr(batch, gamma=1e9)
         errors_N = (other.predicted(batch) - other.wanted(batch)).square().flatten(1).mean(dim=1)
         torch.testing.assert_close(plain, (snr_N * errors_N).mean())
         output = (other.predicted(batch) - model.predicted(batch)).square().mean()
-        with_output = stage(kd_weights=(2, 0), snr_gamma=1e9).lower_loss(other, model, batch)
+        with_output = levels(model, kd_weights=(2, 0), snr_gamma=1e9).lower(other, batch)
         torch.testing.assert_close(with_output - plain, 2 * output)
-        to_itself = stage(kd_weights=(2, 5), snr_gamma=1e9).lower_loss(other, other, batch)
+        to_itself = levels(other, kd_weights=(2, 5), snr_gamma=1e9).lower(other, batch)
         torch.testing.assert_close(to_itself, plain)
-        features = stage(kd_weights=(0, 1), snr_gamma=1e9).lower_loss(other, model, batch) - plain
+        features = levels(model, kd_weights=(0, 1), snr_gamma=1e9).lower(other, batch) - plain
     assert features > 0
 
 
@@ -120,20 +127,23 @@ def test_feature_loss_is_the_mean_over_down_mid_and_up_blocks(
     apart = [(one - two).square().mean() for one, two in zip(*found.values(), strict=True)]
     assert len(apart) == 3
     with torch.no_grad():
-        of_all = stage(kd_weights=(0, 1)).lower_loss(other, model, batch)
-        of_none = stage(kd_weights=(0, 0)).lower_loss(other, model, batch)
+        of_all = levels(model, kd_weights=(0, 1)).lower(other, batch)
+        of_none = levels(model, kd_weights=(0, 0)).lower(other, batch)
     torch.testing.assert_close(of_all - of_none, torch.stack(apart).mean())
 
 
 def test_upper_loss_is_zero_at_its_target_and_gives_the_teacher_no_gradient(
     model: Painter, other: Painter, batch: Batch
 ) -> None:
-    """Under eta 0 the target is the teacher without a prompt; the anchor's under the anchor."""
+    def upper(student: Painter, asked: Batch, **options: Any) -> Tensor:
+        both = levels(model, **options)
+        return both.upper(student, asked, both.target(asked))
+
     unasked = model.asked(batch, "")
-    assert stage(eta=0).upper_loss(model, model, unasked).item() == 0
+    assert upper(model, unasked, eta=0.5).item() == 0  # without a prompt there is no concept
     anchored = model.asked(batch, "a photo of ash")
-    assert stage(anchor="a photo of ash").upper_loss(model, model, anchored).item() == 0
-    loss = stage(eta=1).upper_loss(other, model, batch)
+    assert upper(model, anchored, anchor="a photo of ash").item() == 0
+    loss = upper(other, batch, eta=1)
     target = 2 * model.predicted(unasked) - model.predicted(batch)
     torch.testing.assert_close(loss, (other.predicted(batch) - target).square().mean())
     loss.backward()
@@ -167,7 +177,7 @@ def gradients(
 def test_penalty_gradient_is_upper_plus_weight_times_lower_whatever_the_second_copy_is(
     model: Painter, other: Painter, policy: Policy, tmp_path: Path
 ) -> None:
-    options = stage(mode="penalty", copies="two", inner=2, weight=7.0, teacher="")
+    options = stage(variant="paper", copies="two", inner=2, weight=7.0)
     found = gradients(options, other, policy, tmp_path, second=model)
     again = gradients(options, other, policy, tmp_path, second=other.copy())
     assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
@@ -175,8 +185,9 @@ def test_penalty_gradient_is_upper_plus_weight_times_lower_whatever_the_second_c
     training: Any = options.training(other, policy, quiet(tmp_path))
     training.step = options.inner
     parameters = list(training._student.unet.parameters())
-    lower = options.lower_loss(training._student, training._teacher, training._retained())
-    upper = options.upper_loss(training._student, training._teacher, training._concept())
+    both, asked = training._levels, training._concept()
+    lower = both.lower(training._student, training._retained())
+    upper = both.upper(training._student, asked, both.target(asked))
     of_lower = torch.autograd.grad(lower, parameters)
     of_upper = torch.autograd.grad(upper, parameters)
     for place, one in enumerate(found):
@@ -194,16 +205,20 @@ def test_gradients_of_both_levels_equal_finite_differences(
         name: value.double() if value.is_floating_point() else value
         for name, value in batch.items()
     }
-    options = stage(eta=0.7)
+    both = levels(teacher, eta=0.7)
     weight = student.unet.get_parameter("conv_in.weight")
     at = (0, 1, 2, 0)
-    for loss in (options.lower_loss, options.upper_loss):
-        (found,) = torch.autograd.grad(loss(student, teacher, exact), weight)
+    target = both.target(exact)
+    for loss in (
+        lambda: both.lower(student, exact),
+        lambda: both.upper(student, exact, target),
+    ):
+        (found,) = torch.autograd.grad(loss(), weight)
         values = []
         for move in (1e-5, -1e-5):
             with torch.no_grad():
                 weight[at] += move
-                values.append(loss(student, teacher, exact))
+                values.append(loss())
                 weight[at] -= move
         assert float(found[at]) == pytest.approx(float(values[0] - values[1]) / 2e-5, rel=1e-4)
 
@@ -215,6 +230,7 @@ def test_gradients_of_both_levels_equal_finite_differences(
         ({"variant": "paper", "inner": 1, "copies": "two"}, [1, 3], 2),
         ({"variant": "code", "inner": 1}, [1, 3], 4),
         ({"variant": "joint"}, [0, 1, 2, 3], 4),
+        ({"variant": "hardened"}, [1, 3], 2),
     ],
 )
 def test_each_mode_takes_its_steps(
@@ -234,7 +250,7 @@ def test_each_mode_takes_its_steps(
         changes += any(not torch.equal(before[name], after[name]) for name in before)
         if "upper loss" in losses:
             found.append(step)
-            assert ("gap" in losses) == ("copies" in options)
+            assert ("gap" in losses) == (training._options.copies == "two")
         training.step += 1
     assert found == uppers
     assert changes == moved
@@ -298,7 +314,7 @@ def test_a_student_of_fewer_layers_learns_from_its_teacher_and_not_the_concept(
     twin.save(teacher)
     pruning.prune(str(teacher), cut, pruning.depth)
     student = Modality.build(policy.modality).load(str(cut))
-    options = stage(variant="joint", teacher=str(teacher), total_steps=30, lr=3e-3, probe_every=30)
+    options = stage(variant="joint", teacher=str(teacher), total_steps=12, lr=5e-3, probe_every=12)
     options.check(student, policy)
     immunized = options.immunize(student, policy, quiet(tmp_path))
     figures = options.measure(student, immunized, policy)
@@ -315,13 +331,79 @@ def test_suppression_lowers_the_concepts_pull(
     model: Painter, policy: Policy, tmp_path: Path
 ) -> None:
     # the pico pipeline paints the restricted bars by other names: let the data use these
-    options = stage(variant="joint", total_steps=40, lr=3e-3, probe_every=40)
+    options = stage(variant="joint", total_steps=12, lr=5e-3, probe_every=12)
     immunized = options.immunize(model, policy, quiet(tmp_path))
     assert options.effect(model, model, policy) == 0
     assert options.effect(model, immunized, policy) > 0.2
 
 
-@pytest.mark.parametrize("options", [{"variant": "paper", "copies": "two"}, {"variant": "code"}])
+def test_the_upper_level_is_met_between_both_copies_and_under_attack(
+    model: Painter, other: Painter, policy: Policy, tmp_path: Path
+) -> None:
+    anew = {"weight": 0.0, "attackers": 1, "inner": 0, "attack_lr": (1e-3, 1e-3), "lr": 1e-30}
+    options = stage(variant="hardened", **anew)
+    training: Any = options.training(model, policy, quiet(tmp_path))
+    training._second = other
+    training._lower = _Recorder(list(training._student.unet.parameters()), lr=1.0)
+    training.advance()
+    (attacker,) = training._attackers
+    assert attacker.age == 1
+    moved = attacker.model.text_encoder.get_input_embeddings().weight
+    assert not torch.equal(moved, model.text_encoder.get_input_embeddings().weight)
+
+    asked = training._concept()
+    chance = random.Random(training.seed("share"))  # noqa: S311
+    share = chance.uniform(0, options.merge_share)
+    between = model.copy()
+    with torch.no_grad():
+        for weight, second in zip(between.unet.parameters(), other.unet.parameters(), strict=True):
+            weight.copy_((1 - share) * weight + share * second)
+    both = training._levels
+    of_points = []
+    for point in (between, attacker.model):
+        point.module.requires_grad_(True)
+        loss = both.upper(point, asked, both.target(asked))
+        of_points.append(torch.autograd.grad(loss, list(point.unet.parameters())))
+    for found, merged, attacked in zip(training._lower.seen, *of_points, strict=True):
+        torch.testing.assert_close(found, (1 - share) * merged + attacked, atol=1e-6, rtol=1e-4)
+
+
+def test_attackers_ride_on_the_released_weights_and_begin_anew(
+    model: Painter, policy: Policy, tmp_path: Path
+) -> None:
+    options = stage(
+        variant="hardened", attackers=2, inner=0, horizon=(2, 2), attack_lr=(1e-9, 1e-9)
+    )
+    training: Any = options.training(model, policy, quiet(tmp_path))
+    ages = []
+    for _ in range(6):
+        training.advance()
+        training.step += 1
+        ages.append([attacker.age for attacker in training._attackers])
+        for attacker in training._attackers:  # who hardly move by themselves
+            for mine, theirs in zip(
+                training._student.unet.parameters(), attacker.model.unet.parameters(), strict=True
+            ):
+                torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+    assert ages == [[1], [1, 1], [2, 1], [2, 2], [1, 2], [1, 1]]
+
+
+def test_an_attacker_that_ruins_itself_does_not_ruin_the_model(
+    model: Painter, policy: Policy, tmp_path: Path
+) -> None:
+    options = stage(variant="hardened", attackers=1, attack_lr=(1e30, 1e30))
+    immunized = options.immunize(model, policy, quiet(tmp_path))
+    assert all(value.isfinite().all() for value in immunized.state().values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"variant": "paper", "copies": "two"},
+        {"variant": "code"},
+        {"variant": "hardened", "attackers": 1},
+    ],
+)
 def test_a_killed_stage_resumes_to_the_very_same_weights(
     model: Painter, policy: Policy, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -365,6 +447,8 @@ def test_what_cannot_work_is_said_before_training(
     with pytest.raises(ImmunizationError, match="the teacher predicts otherwise"):
         stage(teacher=str(tmp_path / "noisier")).check(model, policy)
     targets = policy.model_copy(update={"concepts": ()})
+    with pytest.raises(ImmunizationError, match="merge_share asks for a second copy"):
+        stage(variant="hardened", copies="shared").check(model, policy)
     with pytest.raises(ImmunizationError, match="names no concept"):
         stage().check(model, targets)
 
