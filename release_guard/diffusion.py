@@ -83,8 +83,8 @@ class Pipeline:
         """What is denoised for pictures in [-1, 1] (N, *latent_shape), without gradients."""
         vae = self.network.vae
         with torch.no_grad():
-            means: Tensor = vae.encode(pixels).latent_dist.mode()
-        return means * vae.config.scaling_factor
+            latents: Tensor = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+        return latents
 
     def predicted(
         self, latents: Tensor, tokens_NL: Tensor, timesteps_N: Tensor, noise: Tensor

@@ -267,7 +267,7 @@ class TextToImageModel(Painter):
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def _painted(self, tokens_NL: Tensor, noise: Tensor) -> Tensor:
-        parts = zip(tokens_NL.split(_TOGETHER), noise.split(_TOGETHER), strict=True)
+        parts = zip(torch.split(tokens_NL, _TOGETHER), torch.split(noise, _TOGETHER), strict=True)
         options, pipeline = self._modality, self._pipeline
         with evaluating(self.module):
             painted = [

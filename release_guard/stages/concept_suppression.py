@@ -152,7 +152,8 @@ class ConceptSuppression(TrainedStage):
                 "concept_suppression: merge_share asks for a second copy; set copies to two"
             )
         student, teacher = _painter(model), self._teacher(model, policy)
-        if student.unet.config.block_out_channels != teacher.unet.config.block_out_channels:
+        unets: list[Any] = [student.unet, teacher.unet]
+        if unets[0].config.block_out_channels != unets[1].config.block_out_channels:
             raise ImmunizationError(
                 "concept_suppression: the teacher's blocks have other widths than the model's; "
                 "name the model that it was pruned from"
