@@ -183,8 +183,9 @@ def test_activations_are_computed_again_indeed(
     policy: Policy, model: ModelHandle, tmp_path: Path
 ) -> None:
     training, forward = Practice(model, policy), []
-    block = training.theta.blocks[0]
-    block.register_forward_pre_hook(lambda *_: forward.append(torch.is_grad_enabled()))
+    parts = training.theta.blocks[0].modules()
+    layer = next(part for part in parts if isinstance(part, torch.nn.Linear))
+    layer.register_forward_pre_hook(lambda *_: forward.append(torch.is_grad_enabled()))
     pace = Pace(steps=1, probed=10, checkpointing=True)
     train(training, tmp_path / "a", pace)
     assert forward.count(True) == 2, "once forward, once in the backward pass"
