@@ -1,0 +1,318 @@
+"""What merges make of a guarded model: presets, bare gauges, and the hardened form, attacked.
+
+python -m benchmarks merge_guard
+
+A vision transformer and a Llama, a base, a fine-tune to be protected and a donor each, at three
+seeds. Figures are the best score on the protected task among merges that keep nine tenths of the
+donor's task; what each row says is attacked with all that its columns name. Finished cells are kept
+under `runs/bench/merge_guard`. Choices were made on seed 0 alone; the others are held out.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from statistics import mean
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+
+import torch
+
+from benchmarks._common import machine, record, table
+from benchmarks._mergeable import CACHE, Family, text, vision
+from benchmarks._merges import DATA_USING, FITS, SHARES, TIES, Point, Thief, bar, broken, front
+from release_guard.ingredients import Alignment
+from release_guard.modalities import ModelHandle
+from release_guard.plugins import Spec
+from release_guard.policy import Policy
+from release_guard.quantization import at
+from release_guard.stages import Stage, Workspace
+
+TITLE = "MergeGuard: merging what was guarded"
+SEEDS, GAIN, OWN = (0, 1, 2), 3.0, 1.5
+WORTH, UNDONE = (
+    10,
+    0.9,
+)  # points that the unprotected thief gains; share that a joint fit gives back
+FAMILIES: Mapping[str, Callable[[int], Family]] = {"vision": vision, "text": text}
+STEPS = {"vision": 500, "text": 300}
+ALL = ["neurons", "scales", "heads", "queries", "values", "stream"]
+ROWS: Mapping[str, Mapping[str, Any]] = {
+    "undefended": {},
+    "base": {},
+    "hardened": {"preset": "hardened"},
+    "mergeguard": {"preset": "mergeguard"},
+    "gauge alone": {"preset": "mergelock", "gauge": ALL, "style": "orthogonal"},
+    "trap2": {"preset": "trap2"},
+    "arf": {"preset": "arf"},
+    "params": {"preset": "params"},
+    "mergelock": {"preset": "mergelock"},
+}
+FREE = {"plain", "anchored", "joint fit", "base's attention", "base's MLP"}
+DATA = ("RegMean", "Fisher", "AdaMerging", "coefficients")
+COLUMNS = ("plain", "anchored", "joint fit", "base's attention", "base's MLP", *DATA)
+PLAN: Mapping[str, Sequence[str]] = {
+    "undefended": ("plain", "joint fit", *DATA, "recovery"),
+    "base": ("plain", "RegMean", "coefficients", "recovery"),
+    "hardened": (*COLUMNS, "recovery", "int8", "nf4"),
+    "mergeguard": ("plain", "joint fit", "base's MLP", "RegMean", "coefficients"),
+    "gauge alone": ("plain", "joint fit"),
+    "trap2": ("plain", "RegMean", "coefficients"),
+    "arf": ("plain", "anchored", "joint fit", "RegMean", "coefficients"),
+    "params": ("plain", "joint fit"),
+    "mergelock": ("plain", "joint fit"),
+}
+PAPER = (
+    ("MergeGuard (2511.11851), ViT-L-14, task arithmetic, mean of 5", "96.1 / 94.4", "86.4 / 36.4"),
+    ("PaRaMS (2503.07661), ViT-B-32, EuroSAT and SVHN", "-", "97.0 / 14.5"),
+    ("TRAP2 (2601.21898), ViT-B-32, mean of 8", "88.1 / 88.1", "48.3 / near 42.5 (zero-shot)"),
+    ("ARF (2606.30360), ViT-B-32, task arithmetic; after their own AGA", "- / 88.1", "67.2 / 27.4"),
+)
+
+
+def main() -> None:
+    about = machine("torch", "transformers")
+    torch.set_num_threads(1)
+    cells = []
+    for row in ROWS:
+        for kind in FAMILIES:
+            if kind == "text" and row in {"trap2", "arf", "params", "mergelock"}:
+                continue  # the same parts as above
+            cells += [cell(kind, seed, row) for seed in SEEDS]
+    result = {"seeds": list(SEEDS), "machine": about, "cells": cells}
+    record("merge_guard", result, markdown(result))
+
+
+def cell(kind: str, seed: int, row: str) -> dict[str, Any]:
+    """One model under all attacks of its row; from the cache if nothing about it changed."""
+    about = {
+        "kind": kind,
+        "seed": seed,
+        "row": row,
+        "options": options(kind, row),
+        "plan": PLAN[row],
+    }
+    how = [SHARES, TIES, DATA_USING, [asdict(fit) for fit in FITS]]
+    key = hashlib.sha256(json.dumps([about, how]).encode()).hexdigest()[:16]
+    path = CACHE / "cells" / f"{kind}-{seed}-{row.replace(' ', '-')}-{key}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    started = time.process_time()
+    found = about | measured(FAMILIES[kind](seed), kind, seed, row)
+    found["seconds"] = round(time.process_time() - started)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found))
+    print(kind, seed, row, found["own"], found["fronts"], found["seconds"], file=sys.stderr)
+    return found
+
+
+def options(kind: str, row: str) -> dict[str, Any]:
+    """What the stage is given; steps in proportion to the families' own fine-tunes."""
+    given = dict(ROWS[row])
+    trains = given.get("preset") in {"mergeguard", "trap2", "arf", "hardened"}
+    return given | ({"train_steps": STEPS[kind]} if trains else {})
+
+
+def measured(family: Family, kind: str, seed: int, row: str) -> dict[str, Any]:
+    reference = Thief(family, family.load("undefended")).data_free("none")
+    if wrong := broken(family, reference):
+        raise SystemExit(f"{kind}, seed {seed}: {'; '.join(wrong)}")
+    least = bar(reference, family.score(family.load("donor"), "theirs"))
+    model, figures = released(family, kind, seed, row)
+    fronts = {
+        name: front(attacked(family, model, row, name), least)
+        for name in PLAN[row]
+        if name in COLUMNS
+    }
+    found = {
+        "own": family.score(model, "task"),
+        "floor": family.score(family.load("base"), "task"),
+        "bar": least,
+        "fronts": fronts,
+        "figures": figures,
+    }
+    if "recovery" in PLAN[row]:
+        found["recovery"] = Thief(family, model).recovered(nearest(row))
+    for precision in ("int8", "nf4"):
+        if precision in PLAN[row]:
+            found[precision] = rounded(family, at(model, precision), row, least)
+    return found
+
+
+def rounded(family: Family, model: ModelHandle, row: str, least: float) -> dict[str, Any]:
+    """The strongest families again, on what somebody gets who quantizes the release."""
+    names = ("joint fit", "RegMean", "coefficients")
+    fronts = {name: front(attacked(family, model, row, name, few=True), least) for name in names}
+    return {"own": family.score(model, "task"), "fronts": fronts}
+
+
+def nearest(row: str) -> Alignment:
+    """How whoever merges brings a release near to the base."""
+    if row in {"hardened", "gauge alone"}:
+        return "rotated"
+    return "joint" if row in {"arf", "params", "mergelock"} else "none"
+
+
+def attacked(
+    family: Family, model: ModelHandle, row: str, name: str, *, few: bool = False
+) -> list[Point]:
+    """All merges of a column."""
+    thief, align = Thief(family, model), nearest(row)
+    if name == "coefficients":
+        fits = FITS if row == "hardened" and not few else FITS[:1] if few else FITS[::2]
+        return thief.fitted(fits, align)
+    if name in DATA_USING:
+        return thief.with_data(name, align)
+    if name == "plain":
+        return thief.data_free("none")
+    if name == "anchored":
+        return thief.data_free("anchored")
+    if name == "joint fit":
+        return thief.data_free("joint" if align == "none" else align)
+    return thief.data_free(align, "attention" if name == "base's attention" else "mlp")
+
+
+def released(
+    family: Family, kind: str, seed: int, row: str
+) -> tuple[ModelHandle, Mapping[str, float]]:
+    """What is published, and the stage's own figures."""
+    model = family.load("base" if row == "base" else "undefended")
+    if not ROWS[row]:
+        return model, {}
+    stage = Stage.build(Spec(name="merge_guard", **options(kind, row)))
+    folder = CACHE / "private" / f"{kind}-{seed}-{row.replace(' ', '-')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    workspace = Workspace(folder, folder, lambda *_: None, lambda _: None)
+    given = policy(family, seed)
+    stage.check(model, given)
+    guarded = stage.immunize(model, given, workspace)
+    return guarded, stage.measure(model, guarded, given) | {
+        "effect": stage.effect(model, guarded, given)
+    }
+
+
+def policy(family: Family, seed: int) -> Policy:
+    target = family.target.model_dump(exclude_none=True)
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in target.items())
+    source = f"""
+        seed = {seed}
+        modality = "{family.kind}"
+        attacks = ["merge"]
+        hub = {{ name = "directory", path = "hub" }}
+        retain = {{ dataset = "{target["dataset"]}", margin = 0.99 }}
+        red_team = {{ profile = "smoke", budget = {{ unit = "steps", limit = 1 }} }}
+        [[merge_targets]]
+        {lines}"""
+    return Policy.parse(source.encode(), name="benchmark")
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    cells = result["cells"]
+    parts = [_of_family(kind, [one for one in cells if one["kind"] == kind]) for kind in FAMILIES]
+    paper = table(["the papers' own figures", "alone, U / D", "merged, U / D"], PAPER)
+    return "\n\n".join([*parts, _targets(cells), paper])
+
+
+def _of_family(kind: str, cells: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for row in ROWS:
+        mine = [one for one in cells if one["row"] == row]
+        if mine:
+            scores = [
+                _range(one["fronts"].get(name, _LEFT_OUT) for one in mine) for name in COLUMNS
+            ]
+            rows.append([row, _plain(one["own"] for one in mine), *scores])
+    hardened = [one for one in cells if one["row"] == "hardened"]
+    for precision in ("int8", "nf4"):
+        found = [one[precision] for one in hardened]
+        scores = [_range(one["fronts"].get(name, _LEFT_OUT) for one in found) for name in COLUMNS]
+        rows.append([f"hardened, {precision}", _plain(one["own"] for one in found), *scores])
+    sizes = {"vision": "a ViT of 127,000 weights", "text": "a Llama of 110,000 weights"}
+    caption = (
+        f"Small scale: {sizes[kind]}, one donor. Score on the protected task in %, mean (range) "
+        f"over seeds {', '.join(map(str, SEEDS))}; the base by itself reaches "
+        f"{_plain(one['floor'] for one in cells if one['row'] == 'base')}. Each column is the best "
+        'useful merge; "none": no merge kept the donor\'s task. Recovery, which is no merge: '
+    )
+    return f"{table(['', 'alone', *COLUMNS], rows)}\n\n{caption}{_recovery(cells)}."
+
+
+def _recovery(cells: Sequence[Mapping[str, Any]]) -> str:
+    told = []
+    for row in ("undefended", "hardened", "base"):
+        curves = [one["recovery"] for one in cells if one["row"] == row]
+        steps = [f"{_plain(curve[at][0] for curve in curves)}" for at in curves[0]]
+        told.append(f"{row} {', '.join(steps)}")
+    return f"after 10, 50 and 150 steps on 100 labels a task, {'; '.join(told)}"
+
+
+def _targets(cells: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for kind in FAMILIES:
+        by_row = {
+            row: [one for one in cells if one["kind"] == kind and one["row"] == row] for row in ROWS
+        }
+        lines += list(_judged(kind, by_row))
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _judged(kind: str, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
+    plain = [gain(one, ["plain"]) for one in rows["undefended"]]
+    yield _met(
+        min(plain) >= WORTH, f"{kind}: the unprotected thief's gain is 10 points or more", plain
+    )
+    for row in ("gauge alone", "params", "mergelock"):
+        shares = [
+            gain(one, ["joint fit"]) / own for one, own in zip(rows[row], plain, strict=False)
+        ]
+        if shares:
+            wanted = f"{kind}, {row}: the joint fit gives back 9 tenths of that gain"
+            yield _met(min(shares) >= UNDONE, wanted, [100 * share for share in shares])
+    for what, names in (("without data", FREE), ("with data", DATA)):
+        gains = [gain(one, names) for one in rows["hardened"]]
+        yield _met(max(gains) <= GAIN, f"{kind}, hardened: gain of merges {what} <= {GAIN}", gains)
+    for precision in ("int8", "nf4"):
+        gains = [gain(one | one[precision], COLUMNS) for one in rows["hardened"]]
+        yield _met(max(gains) <= GAIN, f"{kind}, hardened, {precision}: gain <= {GAIN}", gains)
+    for row, most in (("hardened", OWN), ("mergeguard", OWN)):
+        lost = [
+            100 * (own["own"] - one["own"])
+            for one, own in zip(rows[row], rows["undefended"], strict=True)
+        ]
+        yield _met(max(lost) <= most, f"{kind}, {row}: own loss <= {most}", lost)
+
+
+def gain(one: Mapping[str, Any], names: Iterable[str]) -> float:
+    """Points over the base's own score of the best useful merge; below 0 where there is none."""
+    found = [one["fronts"].get(name) for name in names]
+    return 100 * (max([0.0, *(point[0] for point in found if point)]) - one["floor"])
+
+
+def _met(met: bool, what: str, values: Sequence[float]) -> str:
+    figures = ", ".join(f"{value:.1f}" for value in values)
+    return f"{what}: {figures} by seed: {'met' if met else '**MISSED**'}"
+
+
+_LEFT_OUT = "-"
+
+
+def _range(fronts: Iterable[Any]) -> str:
+    found = list(fronts)
+    if any(one == _LEFT_OUT for one in found):
+        return _LEFT_OUT
+    scores = [one[0] for one in found if one is not None]
+    missing = f", none at {len(found) - len(scores)}" if len(scores) < len(found) else ""
+    return f"{_plain(scores)}{missing}" if scores else "none"
+
+
+def _plain(scores: Iterable[float]) -> str:
+    found = [100 * score for score in scores]
+    return f"{mean(found):.1f} ({min(found):.1f} to {max(found):.1f})"
+
+
+if __name__ == "__main__":
+    main()
