@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from evidence_builder import example_policy
 from torch.distributed.tensor import DTensor
 
 from release_guard import shards
-from release_guard.errors import ModelError
+from release_guard.errors import ImmunizationError, ModelError
 from release_guard.immunization import recompute_activations
 from release_guard.modalities import Modality, ModelHandle
 from release_guard.plugins import Spec
+from release_guard.publish import check_stages
 from release_guard.sharding import forms, gather, settled
 
 KINDS = {"vit": ("image_classification", "images/retained.parquet"),
@@ -171,6 +173,9 @@ def check_refusal(folder: Path) -> None:
     model = Modality.build(Spec(name="image_classification")).load(str(folder))
     with pytest.raises(ModelError, match="batch normalisation"):
         settled(model)
+    policy = example_policy(("sophon", "merge_guard"))
+    with pytest.raises(ImmunizationError, match=r"stages\[0\]: merge_guard works in one process"):
+        check_stages(model, policy)
 
 
 def parameters(model: ModelHandle) -> list[str]:
