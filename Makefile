@@ -38,8 +38,17 @@ lint: $(READY)
 	$(BIN)/zizmor --offline --quiet .github
 	$(BIN)/python docs/generate.py --check
 
-bench: $(READY)
+# What only benchmarks compare with stays out of everybody else's environment.
+$(VENV)/.bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+
+# One of them, such as bench-sophon.
+bench-%: $(VENV)/.bench
+	$(BIN)/python -m benchmarks $*
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

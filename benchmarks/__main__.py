@@ -29,6 +29,11 @@ NAMES = (
     "gate_error_rates",
     "planted",
     "provenance",
+    "sophon",
+    "condition_number",
+    "mima",
+    "merge_guard",
+    "concept_suppression",
 )
 _QUIET = 0.1  # share of the cores; above it the machine counts as shared
 
