@@ -112,7 +112,7 @@ def _fine_tuned(family: Family, name: str, task: str, seed: int) -> None:
     for parameter in model.head.parameters():
         parameter.requires_grad_(requires_grad=False)
     batches = model.batches(family.data(task), "immunize", size=BATCH, seed=seed)
-    steps = {"parquet": 800, "jsonl": 200}[family.suffix]
+    steps = {"parquet": 800, "jsonl": 400}[family.suffix]
     trained(model, batches, lr=7e-4, steps=steps, seed=seed)
     model.save(family.folder / name)
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from release_guard.composition import kept
 from release_guard.errors import ImmunizationError, IntegrityError, ModelError, PolicyError
 from release_guard.evidence import SCHEMA, SUITE, Cost, Evidence, StageReport, canonical_json
 from release_guard.gate import gate
+from release_guard.gauging import FILE as GAUGE_FILE
 from release_guard.hubs import Hub
 from release_guard.ledger import Ledger
 from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
@@ -431,11 +433,13 @@ def pack(
     """Write the upload set: payload, documents, card, policy, evidence, report; no proof yet.
 
     Raises:
-        IntegrityError: The weights are not those that were attacked.
+        IntegrityError: The weights are not those that were attacked, or something private would go
+            out with them.
     """
     manifest = hash_directory(run.immunized)
     if manifest.payload.root != evidence.immunized:
         raise IntegrityError(f"{run.immunized}: changed since it was attacked; run publish again")
+    _require_nothing_private(run, [manifest, hash_directory(local_folder(order.source))])
     report = render(evidence, verdict, order.policy, title=order.repo).encode()
     run.write(run.report.name, report)
     source = local_folder(order.source)
@@ -452,6 +456,17 @@ def pack(
         (proof / "evidence.jsonl").write_bytes(evidence.to_jsonl())
         (proof / "report.html").write_bytes(report)
     return Candidate(run.release, verdict, manifest.payload)
+
+
+def _require_nothing_private(run: Run, manifests: Sequence[Manifest]) -> None:
+    """What stages gave to the owner alone stays at home, under whatever name it comes along."""
+    private = {entry.digest for entry in hash_directory(run.private).entries}
+    for entry in (entry for manifest in manifests for entry in manifest.entries):
+        if entry.digest in private or Path(entry.name).name == GAUGE_FILE:
+            raise IntegrityError(
+                f"{entry.name}: leads back from the release to what its owner kept; move it out of "
+                "the model's folder, nothing private is published"
+            )
 
 
 def local_folder(source: str) -> Path:

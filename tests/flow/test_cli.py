@@ -46,7 +46,7 @@ search_examples = 60
 confirm_examples = 60
 """
 COMMANDS = ("attack", "completion", "demo", "keygen", "plan", "policy check", "policy schema",
-            "publish", "replay", "report", "verify")  # fmt: skip
+            "publish", "replay", "report", "ungauge", "verify")  # fmt: skip
 
 Lines = Callable[[], list[str]]
 
