@@ -55,7 +55,7 @@ class Pair:
             schema_version = 1
             seed = {seed}
             modality = "image_classification"
-            retain = {{dataset = "{self.folder}/retained.parquet", margin = 0.02}}
+            retain = {{dataset = "{self.folder}/retained.parquet", margin = 0.03}}
             attacks = ["finetune"]
             red_team = {{profile = "smoke", budget = {{limit = 80}}}}
             hub = "directory"

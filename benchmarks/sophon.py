@@ -7,6 +7,7 @@ undefended, P the paper's variant, H the hardened one, S a sham (moved as far as
 N fresh weights. Finished cells stay in `runs/bench/sophon`, so a killed run goes on.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -55,7 +56,7 @@ DEFENCES: Mapping[str, Mapping[str, Any]] = {
         "ntr_steps": 5,
         "ntr_batch": 50,
     },
-    "H": {"variant": "hardened", "outer_steps": 400, "tail_steps": 500},
+    "H": {"variant": "hardened", "outer_steps": 450, "ntr_batch": 64, "tail_steps": 600},
 }
 RATES: Mapping[str, Sequence[float]] = {
     "sgd": (1e-3, 1e-2, 1e-1, 1.0),
@@ -195,10 +196,9 @@ def cell(pair: Pair, about: Sequence[Any], run: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
+@functools.cache
 def model(pair: Pair, seed: int, arm: str) -> ModelHandle:
-    """An arm's model, made once and kept."""
-    policy = pair.policy(seed)
-    load = Modality.build(policy.modality).load
+    """An arm's model, made once and kept; all of a pair share the data that were read."""
     if arm == "N":
         return model(pair, seed, "U").fresh(seed=100 + seed)
     options = DEFENCES.get("H" if arm == "S" else arm)
@@ -207,7 +207,9 @@ def model(pair: Pair, seed: int, arm: str) -> ModelHandle:
         taken, made = Time.of(lambda: _made(pair, seed, arm, folder))
         print(f"{folder.name}, seed {seed}: {taken.cpu:.0f} CPU s", file=sys.stderr)
         made.save(folder)
-    return load(str(folder))
+    if (seed, arm) == (SEEDS[0], "U"):
+        return Modality.build(pair.policy(seed).modality).load(str(folder))
+    return model(pair, SEEDS[0], "U").peer(str(folder))
 
 
 def _made(pair: Pair, seed: int, arm: str, folder: Path) -> ModelHandle:

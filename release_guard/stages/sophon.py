@@ -22,7 +22,7 @@ from release_guard.adaptation import Randomness
 from release_guard.errors import ImmunizationError
 from release_guard.immunization import Training, divided, update
 from release_guard.modalities import Batch, ModelHandle, Painter, evaluating
-from release_guard.policy import Concept, Policy
+from release_guard.policy import Policy
 from release_guard.simulation import Attacker, Drawn, Habits, has_own_head
 from release_guard.stages import TrainedStage, Workspace
 from release_guard.suppression import suppression
@@ -103,7 +103,7 @@ _TEMPERATURE = 2.0  # of the distillation
 _MOST_PROBED = 1_000  # classes; beyond, as in a vocabulary, a ridge probe makes no sense
 _TRIAL = Drawn(adam=True, lr=1e-3, new_head=True, life=16)
 """The attacker whose progress says how large the effect is."""
-_TRIAL_BATCH = 64
+_NOTHING = 1e-12  # squared norm of a part that is all zero
 _MEASURED = 256  # examples that the measures are taken on, at most
 
 
@@ -222,13 +222,15 @@ class Sophon(TrainedStage):
 
     def effect(self, base: ModelHandle, immunized: ModelHandle, policy: Policy) -> float:
         """By how much more task loss a short attack, always the same, is left with."""
-        with Randomness(policy.seed, base.device).used():
-            left = [
-                _left_by_trial(immunized, concept, policy.seed)
-                - _left_by_trial(base, concept, policy.seed)
-                for concept in policy.concepts
-            ]
-        return sum(left) / len(left)
+        seed, left = policy.seed, []
+        for concept in policy.concepts:
+            size = self.batch + self.query
+            drawn = next(base.batches(concept.dataset, "immunize", size=size, seed=seed))
+            seen, held_out = divided(drawn, self.batch)
+            for model, sign in ((immunized, 1), (base, -1)):
+                with Randomness(seed, base.device).used():
+                    left.append(sign * _left_by_trial(model, seen, held_out, seed=seed))
+        return sum(left) / len(policy.concepts)
 
     def measure(
         self, base: ModelHandle, immunized: ModelHandle, policy: Policy
@@ -252,17 +254,13 @@ class Sophon(TrainedStage):
         return {name: round(value, 4) for name, value in figures.items()}
 
 
-def _left_by_trial(model: ModelHandle, concept: Concept, seed: int) -> float:
-    """Task loss on fresh restricted examples after the attack that measures the effect."""
+def _left_by_trial(model: ModelHandle, seen: Batch, held_out: Batch, *, seed: int) -> float:
+    """Task loss on examples that were held out of the attack that measures the effect."""
     attacker = Attacker.of(model, replace(_TRIAL, new_head=has_own_head(model)), seed=seed)
-    batches = model.batches(concept.dataset, "immunize", size=2 * _TRIAL_BATCH, seed=seed)
-    held_out = []
     while not attacker.is_done:
-        inner, outer = divided(next(batches), _TRIAL_BATCH)
-        attacker.step(inner)
-        held_out.append(outer)
+        attacker.step(seen)
     with evaluating(attacker.model.module):
-        return attacker.model.loss(held_out[0]).item()
+        return attacker.model.loss(held_out).item()
 
 
 def _moved(base: ModelHandle, immunized: ModelHandle) -> Mapping[str, float]:
@@ -278,7 +276,7 @@ def _moved(base: ModelHandle, immunized: ModelHandle) -> Mapping[str, float]:
     return {
         part: math.sqrt(
             sum((after[name] - before[name]).square().sum().item() for name in some)
-            / sum(before[name].square().sum().item() for name in some)
+            / max(sum(before[name].square().sum().item() for name in some), _NOTHING)
         )
         for part, some in parts.items()
         if some
