@@ -8,6 +8,7 @@ base, then frozen. Made once a seed and kept under `runs/bench`.
 Shapes: N examples.
 """
 
+import functools
 import io
 import itertools
 import random
@@ -59,7 +60,8 @@ class Family:
     suffix: str
 
     def load(self, name: str) -> ModelHandle:
-        return Modality.build(Spec(name=self.kind)).load(str(self.folder / name))
+        """One of its checkpoints; all share the examples that were read."""
+        return _reader(self.kind, self.folder / "base").peer(str(self.folder / name))
 
     def data(self, name: str) -> str:
         return str(self.folder / f"{name}.{self.suffix}")
@@ -80,6 +82,11 @@ class Family:
         halves = ("search_half", "confirm_half")
         found = [model.scores(self.data(f"{task}-test"), half, limit=_SCORED) for half in halves]
         return float(np.mean([*found[0], *found[1]]))
+
+
+@functools.cache
+def _reader(kind: str, folder: Path) -> ModelHandle:
+    return Modality.build(Spec(name=kind)).load(str(folder))
 
 
 def vision(seed: int) -> Family:

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from release_guard.anatomy import anatomy
 from release_guard.errors import ImmunizationError, ModelError
@@ -12,7 +14,10 @@ from release_guard.ingredients import head_names
 from release_guard.modalities import Batch, ModelHandle, State
 from release_guard.policy import Policy
 from release_guard.realign import realign
-from release_guard.trapping import along, loss_with
+from release_guard.trapping import along, largest, loss_with, negated
+
+Importance = Literal["tau", "taylor", "theta"]
+Masked = Literal["base", "zero"]
 
 _SHARES = 0.3, 0.6  # of the way from the base, at which merges are looked at
 _TINY = 1e-30
@@ -99,7 +104,7 @@ def nearest(model: ModelHandle, anchor: State) -> State:
 
 
 def merged_loss(
-    model: ModelHandle, state: Mapping[str, torch.Tensor], anchor: State, batch: Batch
+    model: ModelHandle, state: Mapping[str, Tensor], anchor: State, batch: Batch
 ) -> float:
     """Mean loss of the task after .3 and .6 of the way from the base, in nats."""
     weights = {name: state[name] for name, _ in model.module.named_parameters()}
@@ -109,3 +114,61 @@ def merged_loss(
             for s in _SHARES
         ]
     return torch.stack(losses).mean().item()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """MergeGuard's second stage: parts of a task that are given back to the base, untrained.
+
+    Attributes:
+        beta: How much of each entry; 1: all of it, more negates it.
+        share: Of the entries of each matrix, those that matter most.
+        critical: Share of the matrices that stay as they are: those whose loss costs most.
+        importance: By what an entry matters: by what the task changed, by that times the gradient,
+            or by its size.
+        masked_by: How a matrix is taken away to see what it costs: the base's, or zero.
+    """
+
+    beta: float
+    share: float
+    critical: float
+    importance: Importance
+    masked_by: Masked
+
+    def back(self, model: ModelHandle, anchor: State, batch: Batch) -> ModelHandle:
+        """A copy without those parts.
+
+        Args:
+            model: The fine-tune.
+            anchor: The base's weights.
+            batch: Examples of the task.
+        """
+        names, state = matrix_names(model), model.state()
+        costs = {name: self._cost(model, anchor, name, batch) for name in names}
+        spared = sorted(names, key=lambda name: -costs[name])[: round(self.critical * len(names))]
+        matters = self._importance(model, anchor, names, batch)
+        for name in names:
+            if name not in spared:
+                mask = largest(matters[name], self.share)
+                state[name] = negated(anchor[name], state[name], mask, self.beta)
+        less = model.copy()
+        less.load_state(state)
+        return less
+
+    def _cost(self, model: ModelHandle, anchor: State, name: str, batch: Batch) -> float:
+        """Loss of the task without one matrix."""
+        other = torch.zeros_like(anchor[name]) if self.masked_by == "zero" else anchor[name]
+        with torch.no_grad():
+            return float(loss_with(model, {name: other}, batch))
+
+    def _importance(
+        self, model: ModelHandle, anchor: State, names: Sequence[str], batch: Batch
+    ) -> dict[str, Tensor]:
+        weights = dict(model.module.named_parameters())
+        if self.importance == "theta":
+            return {name: weights[name].detach().abs() for name in names}
+        changes = {name: (weights[name].detach() - anchor[name]).abs() for name in names}
+        if self.importance == "tau":
+            return changes
+        slopes = torch.autograd.grad(model.loss(batch), [weights[name] for name in names])
+        return {name: changes[name] * one.abs() for name, one in zip(names, slopes, strict=True)}

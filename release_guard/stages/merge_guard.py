@@ -30,11 +30,14 @@ from release_guard.gauging import (
 )
 from release_guard.immunization import Training, update
 from release_guard.ingredients import head_names
-from release_guard.modalities import Batch, ModelHandle, State
+from release_guard.modalities import Batch, ModelHandle
 from release_guard.policy import MergeTarget, Policy
 from release_guard.quantization import at
 from release_guard.stages import TrainedStage, Workspace
 from release_guard.task_vectors import (
+    Importance,
+    Masked,
+    Taken,
     by_family,
     cosine,
     distance,
@@ -48,9 +51,7 @@ from release_guard.task_vectors import (
 from release_guard.trapping import (
     along,
     density,
-    largest,
     loss_with,
-    negated,
     repulsion,
     trap_share,
     trapped,
@@ -127,9 +128,9 @@ class MergeGuard(TrainedStage):
     reading)."""
     critical: float = Field(0.1, ge=0, lt=1)
     """Share of the linear layers that stay as they are: those whose loss costs most (k')."""
-    masked_by: Literal["base", "zero"] = "base"
+    masked_by: Masked = "base"
     """How a layer is taken away to see what it costs: the base's weights, or none (our reading)."""
-    importance: Literal["tau", "taylor", "theta"] = "tau"
+    importance: Importance = "tau"
     """Which entries matter most in a matrix: by what the task changed, by that times the gradient,
     or by their size (our reading)."""
     gauge: tuple[Change, ...]
@@ -157,25 +158,18 @@ class MergeGuard(TrainedStage):
             raise ImmunizationError(
                 "merge_guard: the policy names no merge target; add one, or leave the stage out"
             )
-        names = [stage.name for stage in policy.stages]
-        if names.count(self.name) > 1:
-            raise ImmunizationError(
-                "merge_guard: listed twice; one record leads back from one gauge"
-            )
-        base = public_base(model, policy)
-        states = model.state(), base.state()
-        if all(torch.equal(states[0][name], states[1][name]) for name in merged_names(model)):
+        if [stage.name for stage in policy.stages].count(self.name) > 1:
+            raise ImmunizationError("merge_guard: list it once; only one gauge can be taken back")
+        anchor = public_base(model, policy).state()
+        if distance(model.state(), anchor, merged_names(model)) == 0:
             raise ImmunizationError(
                 "merge_guard: the model is the base of its merge target; there is no task to guard"
             )
         for target in policy.merge_targets:
-            model.batches(target.dataset, "immunize", size=self.batch, seed=policy.seed)
-        if (
-            self.gauge
-            and not self.train_steps
-            and not self.beta
-            and not self._legal(model, policy)[0]
-        ):
+            wanted = max(self.batch, _PROBED)
+            model.batches(target.dataset, "immunize", size=wanted, seed=policy.seed)
+        is_idle = not self.train_steps and not self.beta
+        if is_idle and not self._legal(model, policy)[0]:
             raise ImmunizationError("merge_guard: no part of its gauge is legal on this model")
 
     def immunize(self, model: ModelHandle, policy: Policy, workspace: Workspace) -> ModelHandle:
@@ -244,17 +238,9 @@ class MergeGuard(TrainedStage):
 
     def _negated(self, model: ModelHandle, guarded: ModelHandle, policy: Policy) -> ModelHandle:
         """MergeGuard's second stage: training-free."""
-        anchor = public_base(model, policy).state()
-        names = matrix_names(model)
-        costs = {name: self._cost_of(guarded, anchor, name, policy) for name in names}
-        spared = sorted(names, key=lambda name: -costs[name])[: round(self.critical * len(names))]
-        importance = self._importance(guarded, anchor, policy.merge_targets[0])
-        state = guarded.state()
-        for name in names:
-            if name not in spared:
-                mask = largest(importance[name], self.share)
-                state[name] = negated(anchor[name], state[name], mask, self.beta)
-        guarded.load_state(state)
+        taken = Taken(self.beta, self.share, self.critical, self.importance, self.masked_by)
+        batch = _probe(guarded, policy.merge_targets[0])
+        guarded = taken.back(guarded, public_base(model, policy).state(), batch)
         lost = _retained(model, policy, self.probed) - _retained(guarded, policy, self.probed)
         if lost > policy.retain.margin:
             raise ImmunizationError(
@@ -262,28 +248,6 @@ class MergeGuard(TrainedStage):
                 "score, more than retain.margin; lower `share`, or raise the margin"
             )
         return guarded
-
-    def _cost_of(self, model: ModelHandle, anchor: State, name: str, policy: Policy) -> float:
-        """Loss of the task without one layer."""
-        without = torch.zeros_like(anchor[name]) if self.masked_by == "zero" else anchor[name]
-        weights = {name: without}
-        with torch.no_grad():
-            batch = _probe(model, policy.merge_targets[0])
-            return float(loss_with(model, weights, batch))
-
-    def _importance(
-        self, model: ModelHandle, anchor: State, target: MergeTarget
-    ) -> dict[str, Tensor]:
-        weights = dict(model.module.named_parameters())
-        names = matrix_names(model)
-        sizes = {name: weights[name].detach() - anchor[name] for name in names}
-        if self.importance == "theta":
-            sizes = {name: weights[name].detach() for name in names}
-        if self.importance == "taylor":
-            loss = model.loss(_probe(model, target))
-            slopes = torch.autograd.grad(loss, [weights[name] for name in names])
-            sizes = {name: sizes[name] * slope for name, slope in zip(names, slopes, strict=True)}
-        return {name: size.abs() for name, size in sizes.items()}
 
     def _legal(
         self, model: ModelHandle, policy: Policy
