@@ -63,7 +63,8 @@ def _undone(
     values: Sequence[float], names: Sequence[str], seen: str, least: float
 ) -> tuple[Result, str]:
     share = values[-1] / values[0]
-    bar = f"{percent(share)} of it is left, at least {percent(least)} is asked"
+    left = "all" if share >= 1 else percent(share)
+    bar = f"{left} of it is left, at least {percent(least)} is asked"
     if share >= least * _ROUNDED:
         return Result.PASS, f"{seen}; {bar}"
     falls = [before - after for before, after in pairwise(values)]
