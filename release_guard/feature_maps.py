@@ -87,8 +87,15 @@ class Pencil:
         """V g^(power / 2): cond_P becomes cond(g)^power, and cond_H cond(g)^(1 + power)."""
         return self.basis * self.values.pow(power / 2)
 
-    def power(self, restricted_FF: Tensor, retained_FF: Tensor, shares: tuple[float, ...]) -> float:
-        """The power half way between where (i) passes 1 and where (ii) does, in logarithms.
+    def power(
+        self,
+        restricted_FF: Tensor,
+        retained_FF: Tensor,
+        shares: tuple[float, ...],
+        *,
+        lean: float = 0.5,
+    ) -> float:
+        """The power so far on the way from where (i) passes 1 to where (ii) does.
 
         Of all estimators the narrowest ends count. By the smallest eigenvalue there is room between
         them unless the bound of this module is 1; quantiles have no such bound.
@@ -99,13 +106,23 @@ class Pencil:
             for gram_FF in (restricted_FF, retained_FF)
         )
         lowest = max(size / span for size, span in zip(harm, spans, strict=True)) - 1
-        return (lowest + min(size / span for size, span in zip(keep, spans, strict=True))) / 2
+        highest = min(size / span for size, span in zip(keep, spans, strict=True))
+        return (1 - lean) * lowest + lean * highest
 
 
 def most_ratio(restricted_FF: Tensor, retained_FF: Tensor) -> float:
     """The largest relative immunization ratio that any invertible map can reach."""
     pencil = Pencil.of(restricted_FF, retained_FF)
     return pencil.cond() * condition(retained_FF) / condition(restricted_FF)
+
+
+def turned(map_FF: Tensor, *, seed: int) -> Tensor:
+    """The same map, its outputs turned at random: then Adam's scale for each finds nothing."""
+    chance = torch.Generator().manual_seed(seed)
+    noise_FF = torch.randn(map_FF.shape, generator=chance, dtype=torch.double).to(map_FF)
+    turn_FF, _ = torch.linalg.qr(noise_FF)
+    turned_FF: Tensor = map_FF @ turn_FF
+    return turned_FF
 
 
 class GuardedDescent:
