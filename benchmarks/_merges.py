@@ -125,14 +125,14 @@ class Thief:
             parts = self._parts(align, "none")
         return [point for fit in fits for point in self._fitted(fit, parts)]
 
-    def recovered(self, align: Alignment) -> dict[int, Point]:
-        """After a short fine-tune of the half-way merge on 100 labels a task, by steps."""
+    def recovered(self, align: Alignment) -> list[Point]:
+        """After short fine-tunes of the half-way merge on 100 labels a task."""
         with torch.no_grad():
             parts = self._parts(align, "none")
             base = parts.need_base("recovery")
             half = merging.task_arithmetic(base, [parts.release, parts.donor], [0.5, 0.5])
             student = parts.into(self.release, half, keep_head=True)
-        return {steps: self._practised(student.copy(), steps) for steps in RECOVERY}
+        return [self._practised(student.copy(), steps) for steps in RECOVERY]
 
     @property
     def _their_head(self) -> State:

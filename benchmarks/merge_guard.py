@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import mean
@@ -24,12 +23,24 @@ import torch
 
 from benchmarks._common import machine, record, table
 from benchmarks._mergeable import CACHE, Family, text, vision
-from benchmarks._merges import DATA_USING, FITS, SHARES, TIES, Point, Thief, bar, broken, front
+from benchmarks._merges import (
+    DATA_USING,
+    FITS,
+    RECOVERY,
+    SHARES,
+    TIES,
+    Point,
+    Thief,
+    bar,
+    broken,
+    front,
+)
 from release_guard.ingredients import Alignment
 from release_guard.modalities import ModelHandle
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.quantization import at
+from release_guard.run import folder_made_whole
 from release_guard.stages import Stage, Workspace
 
 TITLE = "MergeGuard: merging what was guarded"
@@ -52,20 +63,23 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "params": {"preset": "params"},
     "mergelock": {"preset": "mergelock"},
 }
-FREE = {"plain", "anchored", "joint fit", "base's attention", "base's MLP"}
+FREE = ("plain", "anchored", "joint fit", "base's attention", "base's MLP")
 DATA = ("RegMean", "Fisher", "AdaMerging", "coefficients")
-COLUMNS = ("plain", "anchored", "joint fit", "base's attention", "base's MLP", *DATA)
+ROWWISE = "row coefficients"
+COLUMNS = (*FREE, *DATA, ROWWISE)
+AT = ("joint fit", "RegMean", "coefficients")
 PLAN: Mapping[str, Sequence[str]] = {
-    "undefended": ("plain", "joint fit", *DATA, "recovery"),
-    "base": ("plain", "RegMean", "coefficients", "recovery"),
-    "hardened": (*COLUMNS, "recovery", "int8", "nf4"),
+    "undefended": ("plain", "joint fit", *DATA, ROWWISE),
+    "base": ("plain", "RegMean", "coefficients", ROWWISE),
+    "hardened": COLUMNS,
     "mergeguard": ("plain", "joint fit", "base's MLP", "RegMean", "coefficients"),
     "gauge alone": ("plain", "joint fit"),
-    "trap2": ("plain", "RegMean", "coefficients"),
-    "arf": ("plain", "anchored", "joint fit", "RegMean", "coefficients"),
+    "trap2": ("plain", "RegMean"),
+    "arf": ("plain", "anchored", "joint fit", "RegMean"),
     "params": ("plain", "joint fit"),
     "mergelock": ("plain", "joint fit"),
 }
+RECOVERED = ("undefended", "base", "hardened")
 _VISION_ONLY = {"trap2", "arf", "params", "mergelock"}  # the parts of the other rows
 PAPER = (
     ("MergeGuard (2511.11851), ViT-L-14, task arithmetic, mean of 5", "96.1 / 94.4", "86.4 / 36.4"),
@@ -90,25 +104,35 @@ def main() -> None:
 
 
 def cell(kind: str, seed: int, row: str) -> dict[str, Any]:
-    """One model under all attacks of its row; from the cache if nothing about it changed."""
-    about = {
+    """One model under all attacks of its row."""
+    family = FAMILIES[kind](seed)
+    model, figures = released(family, kind, seed, row)
+    least = useful(family, kind, seed)
+
+    def fronts(model: ModelHandle, names: Iterable[str], precision: str = "") -> dict[str, Any]:
+        return {
+            name: front(points(family, model, kind, seed, row, f"{name} {precision}"), least)
+            for name in names
+        }
+
+    found = {
         "kind": kind,
         "seed": seed,
         "row": row,
         "options": options(kind, row),
-        "plan": PLAN[row],
+        "own": family.score(model, "task"),
+        "floor": family.score(family.load("base"), "task"),
+        "bar": least,
+        "fronts": fronts(model, PLAN[row]),
+        "figures": figures,
     }
-    how = [SHARES, TIES, DATA_USING, [asdict(fit) for fit in FITS]]
-    key = hashlib.sha256(json.dumps([about, how]).encode()).hexdigest()[:16]
-    path = CACHE / "cells" / f"{kind}-{seed}-{row.replace(' ', '-')}-{key}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    started = time.process_time()
-    found = about | measured(FAMILIES[kind](seed), kind, seed, row)
-    found["seconds"] = round(time.process_time() - started)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found))
-    print(kind, seed, row, found["own"], found["fronts"], found["seconds"], file=sys.stderr)
+    if row in RECOVERED:
+        found["recovery"] = points(family, model, kind, seed, row, "recovery ")
+    for precision in ("int8", "nf4") if row == "hardened" else ():
+        rounded = at(model, precision)
+        own = family.score(rounded, "task")
+        found[precision] = {"own": own, "fronts": fronts(rounded, AT, precision)}
+    print(kind, seed, row, found["own"], found["fronts"], file=sys.stderr)
     return found
 
 
@@ -119,37 +143,34 @@ def options(kind: str, row: str) -> dict[str, Any]:
     return given | ({"train_steps": STEPS[kind]} if trains else {})
 
 
-def measured(family: Family, kind: str, seed: int, row: str) -> dict[str, Any]:
-    reference = Thief(family, family.load("undefended")).data_free("none")
+def useful(family: Family, kind: str, seed: int) -> float:
+    """What a merge must keep of the donor's task; by the merges of the undefended model."""
+    model = family.load("undefended")
+    reference = points(family, model, kind, seed, "undefended", "plain ")
     if wrong := broken(family, reference):
         raise SystemExit(f"{kind}, seed {seed}: {'; '.join(wrong)}")
-    least = bar(reference, family.score(family.load("donor"), "theirs"))
-    model, figures = released(family, kind, seed, row)
-    fronts = {
-        name: front(attacked(family, model, row, name), least)
-        for name in PLAN[row]
-        if name in COLUMNS
-    }
-    found = {
-        "own": family.score(model, "task"),
-        "floor": family.score(family.load("base"), "task"),
-        "bar": least,
-        "fronts": fronts,
-        "figures": figures,
-    }
-    if "recovery" in PLAN[row]:
-        found["recovery"] = Thief(family, model).recovered(nearest(row))
-    for precision in ("int8", "nf4"):
-        if precision in PLAN[row]:
-            found[precision] = rounded(family, at(model, precision), row, least)
-    return found
+    return bar(reference, family.score(family.load("donor"), "theirs"))
 
 
-def rounded(family: Family, model: ModelHandle, row: str, least: float) -> dict[str, Any]:
-    """The strongest families again, on what somebody gets who quantizes the release."""
-    names = ("joint fit", "RegMean", "coefficients")
-    fronts = {name: front(attacked(family, model, row, name, few=True), least) for name in names}
-    return {"own": family.score(model, "task"), "fronts": fronts}
+def kept(key: str, make: Callable[[], Any]) -> Any:
+    """What was found before, if nothing that fixes it changed; else it is made now."""
+    how = [SHARES, TIES, DATA_USING, [asdict(fit) for fit in FITS], RECOVERY]
+    digest = hashlib.sha256(json.dumps([key, how]).encode()).hexdigest()[:16]
+    path = CACHE / "cells" / f"{digest}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(make()))
+    return json.loads(path.read_text())
+
+
+def points(
+    family: Family, model: ModelHandle, kind: str, seed: int, row: str, column: str
+) -> list[Point]:
+    """All merges of a column; at a precision, if the column says so."""
+    name, _, precision = column.rpartition(" ")
+    key = json.dumps([kind, seed, row, options(kind, row), column])
+    found = kept(key, lambda: attacked(family, model, row, name, precision))
+    return [Point(*point) for point in found]
 
 
 def nearest(row: str) -> Alignment:
@@ -160,19 +181,18 @@ def nearest(row: str) -> Alignment:
 
 
 def attacked(
-    family: Family, model: ModelHandle, row: str, name: str, *, few: bool = False
+    family: Family, model: ModelHandle, row: str, name: str, precision: str
 ) -> list[Point]:
-    """All merges of a column."""
     thief, align = Thief(family, model), nearest(row)
-    if name == "coefficients":
-        fits = FITS if row == "hardened" and not few else FITS[:1] if few else FITS[::2]
-        return thief.fitted(fits, align)
+    if name == "recovery":
+        return thief.recovered(align)
+    if name in {"coefficients", ROWWISE}:
+        fits = [fit for fit in FITS if fit.rows == (name == ROWWISE)]
+        return thief.fitted(fits if row == "hardened" and not precision else fits[:1], align)
     if name in DATA_USING:
         return thief.with_data(name, align)
-    if name == "plain":
-        return thief.data_free("none")
-    if name == "anchored":
-        return thief.data_free("anchored")
+    if name in {"plain", "anchored"}:
+        return thief.data_free("none" if name == "plain" else "anchored")
     if name == "joint fit":
         return thief.data_free("joint" if align == "none" else align)
     return thief.data_free(align, "attention" if name == "base's attention" else "mlp")
@@ -182,19 +202,32 @@ def released(
     family: Family, kind: str, seed: int, row: str
 ) -> tuple[ModelHandle, Mapping[str, float]]:
     """What is published, and the stage's own figures."""
-    model = family.load("base" if row == "base" else "undefended")
     if not ROWS[row]:
-        return model, {}
+        return family.load("base" if row == "base" else "undefended"), {}
+    key = json.dumps([kind, seed, row, options(kind, row)])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    folder = CACHE / "released" / f"{kind}-{seed}-{digest}"
+    figures = folder / "figures.json"
+    if not folder.is_dir():
+        with folder_made_whole(folder) as partial:
+            guarded, measures = immunized(family, kind, seed, row)
+            guarded.save(partial)
+            (partial / figures.name).write_text(json.dumps(measures))
+    return family.load("undefended").peer(str(folder)), json.loads(figures.read_text())
+
+
+def immunized(
+    family: Family, kind: str, seed: int, row: str
+) -> tuple[ModelHandle, Mapping[str, float]]:
     stage = Stage.build(Spec(name="merge_guard", **options(kind, row)))
     folder = CACHE / "private" / f"{kind}-{seed}-{row.replace(' ', '-')}"
     folder.mkdir(parents=True, exist_ok=True)
     workspace = Workspace(folder, folder, lambda *_: None, lambda _: None)
-    given = policy(family, seed)
+    model, given = family.load("undefended"), policy(family, seed)
     stage.check(model, given)
     guarded = stage.immunize(model, given, workspace)
-    return guarded, stage.measure(model, guarded, given) | {
-        "effect": stage.effect(model, guarded, given)
-    }
+    effect = {"effect": stage.effect(model, guarded, given)}
+    return guarded, {**stage.measure(model, guarded, given), **effect}
 
 
 def policy(family: Family, seed: int) -> Policy:
@@ -247,7 +280,7 @@ def _recovery(cells: Sequence[Mapping[str, Any]]) -> str:
     told = []
     for row in ("undefended", "hardened", "base"):
         curves = [one["recovery"] for one in cells if one["row"] == row]
-        steps = [f"{_plain(curve[at][0] for curve in curves)}" for at in curves[0]]
+        steps = [_plain(point[0] for point in found) for found in zip(*curves, strict=True)]
         told.append(f"{row} {', '.join(steps)}")
     return f"after 10, 50 and 150 steps on 100 labels a task, {'; '.join(told)}"
 
@@ -277,6 +310,12 @@ def _judged(kind: str, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Itera
     for what, names in (("without data", FREE), ("with data", DATA)):
         gains = [gain(one, names) for one in rows["hardened"]]
         yield _met(max(gains) <= GAIN, f"{kind}, hardened: gain of merges {what} <= {GAIN}", gains)
+    over = [
+        gain(one, [ROWWISE]) - gain(never, [ROWWISE])
+        for one, never in zip(rows["hardened"], rows["base"], strict=True)
+    ]
+    wanted = f"{kind}, hardened: a coefficient a row gains <= {GAIN} over the same with the base"
+    yield _met(max(over) <= GAIN, wanted, over)
     for precision in ("int8", "nf4"):
         gains = [gain(one | one[precision], COLUMNS) for one in rows["hardened"]]
         yield _met(max(gains) <= GAIN, f"{kind}, hardened, {precision}: gain <= {GAIN}", gains)

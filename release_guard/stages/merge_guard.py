@@ -294,6 +294,7 @@ class _Guarding(Training):
             self.theta.load_state(self._anchor | own)
         self._names = merged_names(model)
         self._weights = dict(self.theta.module.named_parameters())
+        self._matrices = matrix_names(model)
         self._repelled = next(iter(by_family(model).values()))
         moved = distance(model.state(), self._anchor, self._repelled)
         self._rho = options.rho or max(_LEAST_RHO, _BEYOND * moved)
@@ -323,7 +324,7 @@ class _Guarding(Training):
             loss = loss + options.repel * gap
             losses["too near"] = gap.item()
         if options.alpha:
-            loss = loss + options.alpha * density(self._weights, matrix_names(self.theta))
+            loss = loss + options.alpha * density(self._weights, self._matrices)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         torch.nn.utils.clip_grad_norm_(self._chosen, 1.0)
         update(self._optimizer, options.lr * self._pace())
