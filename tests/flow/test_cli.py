@@ -45,8 +45,8 @@ budget = { unit = "steps", limit = 60 }
 search_examples = 60
 confirm_examples = 60
 """
-COMMANDS = ("attack", "completion", "demo", "keygen", "plan", "policy check", "policy schema",
-            "publish", "replay", "report", "ungauge", "verify")  # fmt: skip
+COMMANDS = ("attack", "completion", "demo", "immunize", "keygen", "plan", "policy check",
+            "policy schema", "publish", "replay", "report", "ungauge", "verify")  # fmt: skip
 
 Lines = Callable[[], list[str]]
 

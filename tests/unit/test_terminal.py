@@ -86,3 +86,14 @@ def test_colours(
     Terminal().warn("odd")
 
     assert ("\x1b[" in capsys.readouterr().err) == coloured
+
+
+def test_where_another_process_speaks_this_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal(follows=True, as_json=True, verbosity=2)
+    terminal.say("chat")
+    terminal.warn("something")
+    terminal.progress("immunize", 1, 2, "loss 1")
+    terminal.data("path", {"model": "path"})
+    assert terminal.stop("stopped", 130) == 130
+    assert capsys.readouterr() == ("", "")
+    assert terminal.warnings == ["something"]
