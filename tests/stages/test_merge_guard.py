@@ -2,6 +2,7 @@
 
 import json
 import random
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,20 @@ from torch import Tensor
 from workspaces import quiet
 
 from release_guard.errors import ImmunizationError, IntegrityError
-from release_guard.gauging import FILE, GaugeRecord, logit_change, taken_back
+from release_guard.gauge import Key
+from release_guard.gauging import (
+    FILE,
+    GaugeRecord,
+    gauge_for,
+    gauged,
+    legal_changes,
+    logit_change,
+    taken_back,
+)
 from release_guard.modalities import Modality, ModelHandle
 from release_guard.plugins import Spec
-from release_guard.policy import Policy
+from release_guard.policy import Policy, Precision
+from release_guard.quantization import at
 from release_guard.stages import Stage
 from release_guard.stages.merge_guard import MergeGuard
 from release_guard.trapping import (
@@ -310,6 +321,37 @@ def test_it_works_on_language_models(lm_folder: Path, text_data: Path, tmp_path:
     assert set(record.changes) == set(stage.gauge)
     batch = next(base.batches(policy.merge_targets[0].dataset, "immunize", size=16, seed=0))
     assert logit_change(immunized, taken_back(immunized, record), batch) < 1e-5
+
+
+def test_queries_mixed_as_if_there_were_no_rotary_positions_are_refused(
+    lm_folder: Path, text_data: Path
+) -> None:
+    model = Modality.build(Spec(name="causal_lm")).load(str(lm_folder))
+    batch = next(model.batches(str(text_data / "retained.jsonl"), "retain", size=16, seed=0))
+    right = gauge_for(model, Key(b"x"), ("queries", "values"), "orthogonal")
+    wrong = tuple(replace(one, mixing="any") for one in right.body.attentions)
+    legal, sentences = legal_changes(
+        model, batch, replace(right, body=replace(right.body, attentions=wrong))
+    )
+    assert legal == ("values",)
+    (sentence,) = sentences
+    assert sentence.startswith("The gauge leaves out the mixing of queries and keys: it moves")
+    assert legal_changes(model, batch, right) == (("queries", "values"), [])
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_an_orthogonal_gauge_costs_whoever_rounds_nothing(
+    precision: Precision, undefended: ModelHandle, policy: Policy
+) -> None:
+    batch = next(undefended.batches(policy.merge_targets[0].dataset, "immunize", size=64, seed=0))
+    changes = ("neurons", "heads", "queries", "values")
+    own = logit_change(undefended, at(undefended, precision), batch)
+    errors = []
+    for number in range(5):
+        gauge = gauge_for(undefended, Key(bytes([number])), changes, "orthogonal")
+        hidden = gauged(undefended, gauge)
+        errors.append(logit_change(hidden, at(hidden, precision), batch))
+    assert statistics.mean(errors) < 1.2 * own
 
 
 def test_a_resnet_is_trapped_without_a_gauge_and_says_so(
