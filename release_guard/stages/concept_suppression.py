@@ -54,18 +54,16 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "warmup": 250,
         "final_lr": 1.0,
     },
-    # That beside a second copy that learns everything, also between the two and under attack.
+    # Also at every step, with a target so far beyond that a merge or some steps do not come back.
     "hardened": {
         "mode": "penalty",
-        "copies": "two",
-        "total_steps": 40_000,
-        "inner": 1,
+        "total_steps": 20_000,
+        "inner": 0,
         "weight": 1.0,
         "lr": 1e-5,
         "warmup": 250,
         "final_lr": 0.1,
-        "merge_share": 0.6,
-        "attackers": 2,
+        "eta": 10.0,
     },
 }
 
@@ -435,8 +433,9 @@ def _adamw(student: Painter, lr: float) -> torch.optim.Optimizer:
 
 
 def _gradients(model: Painter, loss: Tensor) -> list[Tensor]:
-    """A loss's gradients at the UNet; none stay behind."""
+    """A loss's gradients at the UNet; none were there before, none stay behind."""
     parameters = list(model.unet.parameters())
+    model.module.zero_grad(set_to_none=True)  # an attacker's last step left some
     torch.autograd.backward(loss)  # gradients of sharded weights only come that way
     found = [torch.zeros_like(part) if part.grad is None else part.grad for part in parameters]
     model.module.zero_grad(set_to_none=True)
