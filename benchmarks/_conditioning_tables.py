@@ -54,12 +54,14 @@ Small scale: a vision transformer of width 32 with 2 layers on five Fashion-MNIS
 others restricted; seeds {seeds}, mean (range). U undefended, P the paper's variant (learning \
 rate 1e-2), D hardened, S moved as far as D to no purpose, N fresh weights. Halves on rows no \
 defence saw, mean of {groups} groups of {rows}. Target: (i) > 1 and (ii) <= 1 by all three \
-estimators at a retained loss of at most 1 point, for D: {target}."""
+estimators at a retained loss of at most 1 point, for D: {target}. Its settings were tuned on \
+seed 0; the policy's retained margin is 1 point."""
 ATTACKED_CAPTION = """\
-Steps (batches of 32) to {ceiling:.0%} on restricted images by the best of each kind's settings, \
-every arm tuned by itself, seed by seed; > {limit} where it was not reached. kappa = D / U, a \
-count that was not reached taken as {limit}. A slow-down that survives everything but descent \
-(kappa above 1.5 for each of the others on every seed): {target}."""
+Steps (batches of 32) to a score on restricted images by the best of each kind's settings, every \
+arm tuned by itself, seed by seed; > {limit} where it was not reached. kappa = D / U, a count \
+that was not reached taken as {limit}. N shows how much of it a model has that never knew \
+anything. A slow-down that survives everything but descent (kappa above 1.5 for each of the \
+others, at each score, on every seed): {target}."""
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -238,27 +240,29 @@ def _attacks_markdown(seeds: Sequence[Mapping[str, Any]]) -> str:
     rows, survived = [], []
     for kind in vits.ATTACKS:
         found = [seed["steps"][kind] for seed in seeds]
-        kappas = [_steps(each["D"]) / _steps(each["U"]) for each in found]
-        cells = [", ".join(_told(each[arm]) for each in found) for arm in vits.ARMS]
-        best = [
-            f"{statistics.mean([each[arm]['best'] for each in found]):.2f}" for arm in ("U", "D")
-        ]
-        rows.append([kind, *cells, _spread(kappas), *best])
-        if kind != "probe, descent":
-            survived.append(min(kappas))
-    header = ["attack", *vits.ARMS, "kappa", "best score U", "D"]
+        for ceiling in map(str, vits.CEILINGS):
+            steps = {arm: [each[arm]["steps"][ceiling] for each in found] for arm in vits.ARMS}
+            cells = [", ".join(map(_told, each)) for each in steps.values()]
+            kappas = [
+                (defended or vits.LIMIT) / (undefended or vits.LIMIT)
+                for defended, undefended in zip(steps["D"], steps["U"], strict=True)
+            ]
+            rows.append([kind, ceiling, *cells, _spread(kappas), *_best(found)])
+            if kind != "probe, descent":
+                survived.append(min(kappas))
+    header = ["attack", "score", *vits.ARMS, "kappa", "best score U", "D"]
     met = min(survived) > NOTICED
     target = "met" if met else "MISSED, it does not survive"
-    caption = ATTACKED_CAPTION.format(ceiling=vits.CEILING, limit=vits.LIMIT, target=target)
+    caption = ATTACKED_CAPTION.format(limit=vits.LIMIT, target=target)
     return f"{table(header, rows)}\n\n{caption}"
 
 
-def _steps(found: Mapping[str, Any]) -> int:
-    return found["steps"] or vits.LIMIT
+def _best(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [f"{statistics.mean([each[arm]['best'] for each in found]):.2f}" for arm in ("U", "D")]
 
 
-def _told(found: Mapping[str, Any]) -> str:
-    return f"> {vits.LIMIT}" if found["steps"] is None else str(found["steps"])
+def _told(steps: int | None) -> str:
+    return f"> {vits.LIMIT}" if steps is None else str(steps)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -23,7 +23,7 @@ from benchmarks import _conditioned_vits as vits
 from benchmarks import _linear_domains as linear
 from benchmarks._common import machine, record
 from benchmarks._conditioning_tables import SCALES, SLOWED, TASKS, TUNED, holds, markdown
-from release_guard import conditioning, feature_maps, probing
+from release_guard import conditioning, feature_batches, feature_maps, probing
 from release_guard.conditioning import Spectrum, gram, halves
 from release_guard.feature_maps import most_ratio
 from release_guard.stages import condition_number
@@ -54,7 +54,7 @@ def main() -> None:
 def cell(name: str, measure: Callable[[], Any]) -> Any:
     """What was measured, now or in a run before with the same code."""
     modules = [linear, conditioning, feature_maps, probing]
-    modules += [vits, condition_number] if name.startswith("deep") else []
+    modules += [vits, condition_number, feature_batches] if name.startswith("deep") else []
     code = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     fixed = f"{name} {TASKS} {SCALES} {SLOWED}" if name.startswith(("tasks", "removal")) else name
     key = hashlib.sha256(code + fixed.encode()).hexdigest()[:16]

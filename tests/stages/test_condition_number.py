@@ -338,3 +338,11 @@ def test_its_card_says_what_it_does_not_hold_up(policy: Policy, model: ModelHand
     (caveat,) = build().caveats(model, policy)
     for way in ("whitens", "Adam", "L-BFGS", "fine-tuning"):
         assert way in caveat
+
+
+def test_forward_passes_in_bfloat16_train_as_well(
+    policy: Policy, model: ModelHandle, tmp_path: Path
+) -> None:
+    stage = build(updates=2, autocast=True)
+    immunized = stage.immunize(model, policy, quiet(tmp_path / "w"))
+    assert all(value.isfinite().all() for value in immunized.state().values())

@@ -32,6 +32,7 @@ from release_guard.feature_maps import (
     most_ratio,
     preconditioned,
     seen_through,
+    turned,
 )
 from release_guard.probing import ProbeTask, line_search_steps
 
@@ -335,3 +336,12 @@ def test_a_rank_deficient_probe_task_leaves_out_what_holds_nothing() -> None:
     features, targets = probe()
     padded = torch.cat([features, torch.zeros(len(features), 2).double()], dim=1)
     assert ProbeTask.of(padded, targets).steps(0.01) == ProbeTask.of(features, targets).steps(0.01)
+
+
+def test_turning_a_map_changes_no_condition_number_and_mixes_the_features() -> None:
+    matrix = gram(rows(seed=3))
+    _, vectors = torch.linalg.eigh(matrix)
+    straight, bent = (seen_through(matrix, theta) for theta in (vectors, turned(vectors, seed=1)))
+    assert condition(bent) == pytest.approx(condition(straight), rel=1e-9)
+    assert (straight - torch.diag(straight.diagonal())).norm() < 1e-10 * straight.norm()
+    assert (bent - torch.diag(bent.diagonal())).norm() > 0.1 * bent.norm()
