@@ -8,14 +8,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from release_guard.modalities import Batch, ModelHandle
+from release_guard.modalities import Batch, ModelHandle, Painter
 
 Weights = Mapping[str, Tensor]
+Scope = Literal["cross_attention", "attention", "all"]
+
+_SCOPES: Mapping[Scope, tuple[str, ...]] = {
+    "cross_attention": (".attn2.",),
+    "attention": (".attn1.", ".attn2."),
+}
 
 
 class Operator(ABC):
@@ -159,6 +165,56 @@ class Attacker:
             self._phi[name].data.copy_(value)
         self._optimizer.load_state_dict(kept["optimizer"])
         return self
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is asked of adapted weights while they are in the model's place.
+
+    Attributes:
+        model: Whose weights are exchanged.
+        base: The model as it was.
+    """
+
+    model: ModelHandle
+    base: ModelHandle
+
+    @property
+    def of_nothing(self) -> float:
+        """The loss of saying nothing: no noise, or every class as likely."""
+        painter = isinstance(self.model, Painter)
+        return 1.0 if painter else math.log(self.model.head.out_features)
+
+    def distance(self, batch: Batch) -> Tensor:
+        """How far what the model says is from what the base says: squared error, or divergence."""
+        if isinstance(self.model, Painter) and isinstance(self.base, Painter):
+            with torch.no_grad():
+                wanted = self.base.predicted(batch)
+            return (self.model.predicted(batch) - wanted).square().mean()
+        with torch.no_grad():
+            wanted_NC, _ = self.base.logits(batch)
+        logits_NC, _ = self.model.logits(batch)
+        return nn.functional.kl_div(
+            logits_NC.log_softmax(dim=1), wanted_NC.softmax(dim=1), reduction="batchmean"
+        )
+
+
+def in_scope(model: ModelHandle, scope: Scope) -> tuple[str, ...]:
+    """Names of a model's weights in a scope; all of a painter is its UNet.
+
+    Raises:
+        ValueError: There are none.
+    """
+    prefix = "unet." if isinstance(model, Painter) else ""
+    marks = _SCOPES.get(scope, ("",))
+    chosen = tuple(
+        name
+        for name, _ in model.module.named_parameters()
+        if name.startswith(prefix) and any(mark in name for mark in marks)
+    )
+    if not chosen:
+        raise ValueError(f'the model has no layers of scope {scope!r}; set it to "all"')
+    return chosen
 
 
 def leaf(tensor: Tensor) -> Tensor:

@@ -26,10 +26,13 @@ from release_guard.operators import (
     Attacker,
     Full,
     LowRank,
+    Objective,
     Operator,
+    Scope,
     Weights,
     Words,
     gradients_at,
+    in_scope,
     leaf,
 )
 from release_guard.policy import Policy
@@ -38,7 +41,6 @@ from release_guard.relearning import Relearning, distances
 from release_guard.stages import TrainedStage, Workspace
 
 Rate = Annotated[float, Field(gt=0)]
-Scope = Literal["cross_attention", "attention", "all"]
 OperatorName = Literal["full", "cross_kv", "lora", "words"]
 
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -56,12 +58,25 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "upper_lr": 1e-5,
         "prior_weight": 0.0,
     },
+    # Attackers of four kinds that start again at different times; all of the UNet may be changed.
+    "hardened": {
+        "form": "carried",
+        "order": 1,
+        "operators": ("full", "cross_kv", "words", "lora"),
+        "attackers": 4,
+        "advance": 2,
+        "horizon": (6, 24),
+        "lower_lr": (1e-3, 3e-3),
+        "upper_scope": "all",
+        "upper_lr": 3e-4,
+        "prior_weight": 0.0,
+        "distill": 30.0,
+        "cap": 0.3,
+        "batch": 4,
+        "prior_batch": 8,
+    },
 }
 _KEYED = ("attn2.to_k.weight", "attn2.to_v.weight")
-_SCOPES: Mapping[Scope, tuple[str, ...]] = {
-    "cross_attention": (".attn2.",),
-    "attention": (".attn1.", ".attn2."),
-}
 _RATES: Mapping[OperatorName, float] = {"full": 1, "cross_kv": 3, "lora": 3, "words": 30}
 
 
@@ -71,7 +86,7 @@ class Mima(TrainedStage):
     paper = "https://arxiv.org/abs/2412.15320"
     modalities = ("text_to_image", "image_classification", "causal_lm")
 
-    variant: Literal["paper", "code", "imma"] = "paper"
+    variant: Literal["paper", "code", "imma", "hardened"] = "paper"
     """Sets every option that is not given."""
     form: Literal["merged", "carried"] = "merged"
     """merged: each step simulates anew and merges. carried: attackers go on between steps."""
@@ -248,7 +263,7 @@ class _Levels:
             "to_kv." in name or "to_qkv." in name for name, _ in model.module.named_parameters()
         ):
             raise ValueError("its projections are fused; call unfuse_qkv_projections() first")
-        return cls(_in_scope(model, options.lower_scope), _in_scope(model, upper))
+        return cls(in_scope(model, options.lower_scope), in_scope(model, upper))
 
 
 class _Bilevel(Training):
@@ -267,6 +282,8 @@ class _Bilevel(Training):
         self._merge = None
         if options.form == "merged" and isinstance(self.base, Painter):
             self._merge = options.merge(self.base, policy)
+        self._objective = Objective(self.theta, self.base)
+        self._most = math.inf if options.cap is None else options.cap * self._objective.of_nothing
         self._attackers: dict[int, Attacker] = {}
 
     def advance(self) -> Mapping[str, float]:
@@ -297,10 +314,12 @@ class _Bilevel(Training):
         merged = {name: self._weights[name] for name in self._levels.upper}
         merged |= {name: self._merged(name, [one[name] for one in adapted]) for name in lower}
         leaves = {name: leaf(weight) for name, weight in merged.items()}
-        losses, found = self._upper_gradients(leaves, list(leaves.values()), range(len(adapted)))
-        retained, kept = self._retained_gradients(leaves, list(leaves.values()))
+        reaching = list(merged) if self._options.twice else self._levels.upper
+        wrt = [leaves[name] for name in reaching]
+        losses, found = self._upper_gradients(leaves, wrt, range(len(adapted)))
+        retained, kept = self._retained_gradients(leaves, wrt)
         gradients = torch.autograd.grad(
-            list(merged.values()),
+            [merged[name] for name in reaching],
             self._upper,
             [one + other for one, other in zip(found, kept, strict=True)],
             allow_unused=True,
@@ -431,7 +450,7 @@ class _Bilevel(Training):
         for number in concepts:
             batch = self._restricted(number, f"upper/{number}")
             anchored = self._options.objective == "anchor"
-            loss_of = self._distance if anchored else self.theta.loss
+            loss_of = self._objective.distance if anchored else self.theta.loss
             loss, gradients = gradients_at(self.theta, loss_of, weights, batch, wrt)
             losses.append(loss)
             if anchored or loss < self._most:
@@ -454,31 +473,14 @@ class _Bilevel(Training):
         )
 
         def loss_of(batch: Batch) -> Tensor:
-            total = options.prior_weight * self.theta.loss(batch)
-            return total + options.distill * self._distance(batch) if options.distill else total
+            total = torch.zeros((), device=self.theta.device, requires_grad=True)
+            if options.prior_weight:
+                total = total + options.prior_weight * self.theta.loss(batch)
+            if options.distill:
+                total = total + options.distill * self._objective.distance(batch)
+            return total
 
         return gradients_at(self.theta, loss_of, weights, batch, wrt)
-
-    def _distance(self, batch: Batch) -> Tensor:
-        """How far what the model says is from what the base says: squared error, or divergence."""
-        if isinstance(self.theta, Painter) and isinstance(self.base, Painter):
-            with torch.no_grad():
-                wanted = self.base.predicted(batch)
-            return (self.theta.predicted(batch) - wanted).square().mean()
-        with torch.no_grad():
-            wanted_NC, _ = self.base.logits(batch)
-        logits_NC, _ = self.theta.logits(batch)
-        return nn.functional.kl_div(
-            logits_NC.log_softmax(dim=1), wanted_NC.softmax(dim=1), reduction="batchmean"
-        )
-
-    @property
-    def _most(self) -> float:
-        """Restricted loss that is not pushed any further."""
-        if self._options.cap is None:
-            return math.inf
-        painter = isinstance(self.theta, Painter)
-        return self._options.cap * (1.0 if painter else math.log(self.theta.head.out_features))
 
     def _restricted(self, number: int, purpose: str) -> Batch:
         dataset = self.policy.concepts[number].dataset
@@ -496,16 +498,3 @@ def _drawn_rate(rates: tuple[float, float], chance: random.Random) -> float:
 def _differentiable_attention(*, twice: bool) -> AbstractContextManager[object]:
     """Fused attention has no second derivative; plain attention has."""
     return sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
-
-
-def _in_scope(model: ModelHandle, scope: Scope) -> tuple[str, ...]:
-    prefix = "unet." if isinstance(model, Painter) else ""
-    marks = _SCOPES.get(scope, ("",))
-    chosen = tuple(
-        name
-        for name, _ in model.module.named_parameters()
-        if name.startswith(prefix) and any(mark in name for mark in marks)
-    )
-    if not chosen:
-        raise ValueError(f'the model has no layers of scope {scope!r}; set it to "all"')
-    return chosen

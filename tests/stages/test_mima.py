@@ -20,8 +20,8 @@ from release_guard.stages.mima import Mima
 
 SMALL = {
     "outer_steps": 4,
-    "batch": 8,
-    "prior_batch": 8,
+    "batch": 4,
+    "prior_batch": 4,
     "captions": 40,
     "lower_lr": (0.05, 0.05),
     "upper_lr": 1e-3,
@@ -183,7 +183,7 @@ def test_immunizing_leaves_more_loss_after_an_adaptation(
 
 def test_what_cannot_work_is_said_before_any_training(policy: Policy, model: Painter) -> None:
     cases = [
-        ({"batch": 50}, "lower the batch size"),
+        ({"batch": 60}, "lower the batch size"),
         ({"captions": 8, "regular_ridge": 0.0}, "set regular_ridge"),
     ]
     for options, message in cases:
