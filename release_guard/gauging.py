@@ -18,6 +18,7 @@ from release_guard.ingredients import head_names
 from release_guard.merging import State
 from release_guard.modalities import Batch, ModelHandle, evaluating
 from release_guard.plugins import Spec
+from release_guard.realign import can_be_turned
 
 FILE = "gauge.json"
 """Name of the record in a run's private folder."""
@@ -167,12 +168,11 @@ def _hindrance_to_turning(gauge: Gauge, state: State) -> str | None:
     """Why gains of normalisations cannot be absorbed."""
     if gauge.tied:
         return "the last layer is the input embedding"
-    for norm, readers in gauge.stream.norms:
-        gain_D = state[f"{norm}.weight"].abs()
-        if gain_D.min() < _SMALLEST_GAIN * gain_D.max():
-            return "a gain of a normalisation is too small to be taken back"
-        if f"{norm}.bias" in state and any(f"{one}.bias" not in state for one in readers):
-            return "a normalisation has a bias, and what reads it has none"
+    if not can_be_turned(gauge.body, state):
+        return "a normalisation has a bias, and what reads it has none"
+    gains = [state[f"{norm}.weight"].abs() for norm, _ in gauge.stream.norms]
+    if any(gain_D.min() < _SMALLEST_GAIN * gain_D.max() for gain_D in gains):
+        return "a gain of a normalisation is too small to be taken back"
     return None
 
 

@@ -95,6 +95,15 @@ def absorbed(state: State, body: Anatomy) -> State:
     return done
 
 
+def can_be_turned(body: Anatomy, state: State) -> bool:
+    """Whether its residual stream is known, and whatever reads a bias can take it over."""
+    return body.stream is not None and all(
+        f"{norm}.bias" not in state or f"{reader}.bias" in state
+        for norm, readers in body.stream.norms
+        for reader in readers
+    )
+
+
 def swapped(state: State, base: State, body: Anatomy, part: Literal["attention", "mlp"]) -> State:
     """The model with all of its attention, or all of its neurons, from the base."""
     parts = body.attentions if part == "attention" else body.mlps

@@ -13,7 +13,7 @@ from release_guard.errors import ImmunizationError, ModelError
 from release_guard.ingredients import head_names
 from release_guard.modalities import Batch, ModelHandle, State
 from release_guard.policy import Policy
-from release_guard.realign import realign
+from release_guard.realign import absorbed, can_be_turned, realign
 from release_guard.trapping import along, largest, loss_with, negated
 
 Importance = Literal["tau", "taylor", "theta"]
@@ -95,12 +95,20 @@ def share_unmoved(state: State, anchor: State, names: Sequence[str]) -> float:
     return same / sum(anchor[name].numel() for name in names)
 
 
-def nearest(model: ModelHandle, anchor: State) -> State:
-    """The weights as whoever merges brings them near the base; as they are if nobody knows how."""
+def near_base(model: ModelHandle, anchor: State) -> tuple[State, State]:
+    """The model's weights and the base's, as whoever merges compares them: realigned.
+
+    Rotated too where it is known how; as they are where nobody knows the parts.
+    """
+    state = model.state()
     try:
-        return realign(model.state(), anchor, anatomy(model.module), "joint")
+        body = anatomy(model.module)
     except ModelError:
-        return model.state()
+        return state, anchor
+    if not head_names(model) or not can_be_turned(body, state):
+        return realign(state, anchor, body, "joint"), anchor
+    plain = absorbed(anchor, body)
+    return realign(state, plain, body, "rotated"), plain
 
 
 def merged_loss(

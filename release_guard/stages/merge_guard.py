@@ -44,7 +44,7 @@ from release_guard.task_vectors import (
     matrix_names,
     merged_loss,
     merged_names,
-    nearest,
+    near_base,
     public_base,
     share_unmoved,
 )
@@ -194,15 +194,13 @@ class MergeGuard(TrainedStage):
     def effect(self, base: ModelHandle, immunized: ModelHandle, policy: Policy) -> float:
         """By how much merges of the release with the public base alone lose more on the task.
 
-        Task arithmetic with .3 and .6 of the task vector, plain and after the joint fit, in nats.
+        Task arithmetic with .3 and .6 of the task vector, plain and realigned, in nats.
         """
         anchor = public_base(base, policy).state()
         batch = _probe(base, policy.merge_targets[0])
         before, after = (
-            sum(
-                merged_loss(model, state, anchor, batch)
-                for state in (model.state(), nearest(model, anchor))
-            )
+            merged_loss(model, model.state(), anchor, batch)
+            + merged_loss(model, *near_base(model, anchor), batch)
             for model in (base, immunized)
         )
         return (after - before) / 2
@@ -211,8 +209,9 @@ class MergeGuard(TrainedStage):
         self, base: ModelHandle, immunized: ModelHandle, policy: Policy
     ) -> Mapping[str, float]:
         """How far and where to the weights moved, and what rounding them costs the logits."""
-        anchor, own = public_base(base, policy).state(), base.state()
-        plain, names = nearest(immunized, anchor), merged_names(base)
+        anchor, names = public_base(base, policy).state(), merged_names(base)
+        own, _ = near_base(base, anchor)
+        plain, anchor = near_base(immunized, anchor)
         figures = {
             "cosine of the task vectors, defended and undefended": cosine(
                 plain, own, anchor, names
