@@ -28,7 +28,8 @@ from benchmarks._common import (
 )
 from release_guard.evidence import Evidence
 from release_guard.policy import Budget, Policy
-from release_guard.publish import Order, assess
+from release_guard.preflight import Order
+from release_guard.publish import assess
 
 TITLE = "Red team"
 REFUSALS, _REFUSED = 3, 3

@@ -15,8 +15,7 @@ from release_guard.modalities import Modality
 from release_guard.phases import SEARCH, Folders, Ground
 from release_guard.plan import Pace, Paces, Plan, disk, parts, rows
 from release_guard.policy import Budget, Concept, MergeTarget, Policy, Precision, Target
-from release_guard.priors import fitting
-from release_guard.publish import (
+from release_guard.preflight import (
     Order,
     check_attacks,
     check_data,
@@ -28,6 +27,7 @@ from release_guard.publish import (
     local_folder,
     public_ancestor,
 )
+from release_guard.priors import fitting
 from release_guard.quantization import at
 from release_guard.redteam import Session
 from release_guard.run import Run

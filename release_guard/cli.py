@@ -177,8 +177,9 @@ def publish(  # noqa: PLR0913  click hands over one argument an option
     policy = _load(policy_path)
     from release_guard import outcome  # noqa: PLC0415
     from release_guard import publish as flow  # noqa: PLC0415
+    from release_guard.preflight import Order  # noqa: PLC0415
 
-    order = flow.Order(source, repo, policy, base, as_is=as_is, dry_run=dry_run)
+    order = Order(source, repo, policy, base, as_is=as_is, dry_run=dry_run)
     session = _session(terminal, workers, **where)
     published = flow.publish(order, output or _runs(repo), session)
     verdict, receipt = published.verdict, published.receipt
@@ -231,12 +232,13 @@ def immunize(
         policy = _load(policy_path)
         from release_guard import outcome  # noqa: PLC0415
         from release_guard import publish as flow  # noqa: PLC0415
+        from release_guard.preflight import Order  # noqa: PLC0415
 
         session = _session(terminal, max(1, workers // shards.world()))
         if shards.world() > 1:
             terminal.say(f"{shards.world()} processes share the model")
         folder = output or _runs(source)
-        done = flow.immunize(flow.Order(source, source, policy), folder, session)
+        done = flow.immunize(Order(source, source, policy), folder, session)
     for line in outcome.immunized_lines(done.checks):
         terminal.say(line)
     terminal.data(str(done.folder), outcome.immunized_document(done))
@@ -266,7 +268,8 @@ def attack(
     """Red-team SOURCE as it is, without publishing; prints where the report lies."""
     policy = _load(policy_path)
     from release_guard import outcome  # noqa: PLC0415
-    from release_guard.publish import Order, assess  # noqa: PLC0415
+    from release_guard.preflight import Order  # noqa: PLC0415
+    from release_guard.publish import assess  # noqa: PLC0415
 
     order = Order(source, source, policy, base, as_is=True)
     session = _session(terminal, workers, **where)
@@ -304,7 +307,7 @@ def plan(  # noqa: PLR0913
 
     from release_guard import outcome  # noqa: PLC0415
     from release_guard.calibration import survey  # noqa: PLC0415
-    from release_guard.publish import Order  # noqa: PLC0415
+    from release_guard.preflight import Order  # noqa: PLC0415
 
     torch.set_num_threads(1)  # as a worker has
     order = Order(source, "", policy, base, as_is=as_is)
@@ -430,7 +433,7 @@ def replay(  # noqa: PLR0913
     _need_torch()
     from release_guard import outcome  # noqa: PLC0415
     from release_guard import replay as flow  # noqa: PLC0415
-    from release_guard.publish import local_folder  # noqa: PLC0415
+    from release_guard.preflight import local_folder  # noqa: PLC0415
 
     path = evidence or flow.evidence_of(run or Path())
     known = Evidence.read(path)

@@ -15,7 +15,7 @@ from release_guard.manifest import EVIDENCE_FOLDER
 from release_guard.modalities import Modality
 from release_guard.phases import Folders, Ground
 from release_guard.policy import HUB_PREFIX, Policy
-from release_guard.publish import local_folder
+from release_guard.preflight import local_folder
 from release_guard.redteam import Session
 
 _SHOWN = 5

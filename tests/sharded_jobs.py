@@ -18,7 +18,7 @@ from release_guard.errors import ImmunizationError, ModelError
 from release_guard.immunization import recompute_activations
 from release_guard.modalities import Modality, ModelHandle
 from release_guard.plugins import Spec
-from release_guard.publish import check_stages
+from release_guard.preflight import check_stages
 from release_guard.sharding import forms, gather, settled
 
 KINDS = {"vit": ("image_classification", "images/retained.parquet"),

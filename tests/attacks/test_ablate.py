@@ -10,7 +10,7 @@ from release_guard.modalities import Modality
 from release_guard.phases import SEARCH, Folders, Ground
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Concept, Policy
-from release_guard.publish import check_data
+from release_guard.preflight import check_data
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,9 @@ from release_guard.errors import ModelError, PolicyError
 from release_guard.evidence import Record
 from release_guard.modalities import ModelHandle
 from release_guard.policy import Policy
-from release_guard.publish import Assessed, Order, assess, prepare
+from release_guard.preflight import Order
+from release_guard.preparation import prepare
+from release_guard.publish import Assessed, assess
 from release_guard.redteam import Session
 from release_guard.release import Result, Verdict
 from release_guard.replay import Agreement, Request, replay

@@ -19,7 +19,8 @@ from release_guard.errors import IntegrityError, ModelError, PolicyError
 from release_guard.manifest import DirectoryTree, hash_directory
 from release_guard.modalities import Modality
 from release_guard.policy import Policy
-from release_guard.publish import Order, hub_id, publish
+from release_guard.preflight import Order
+from release_guard.publish import hub_id, publish
 from release_guard.redteam import Session
 from release_guard.release import Result
 from release_guard.signers.key import Key, generate_key
@@ -273,7 +274,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from engine_jobs import HereSession
 from release_guard.policy import Policy
-from release_guard.publish import Order, publish
+from release_guard.preflight import Order
+from release_guard.publish import publish
 
 if __name__ == "__main__":
     model, policy, output = sys.argv[1:]

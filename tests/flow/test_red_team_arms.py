@@ -14,7 +14,8 @@ from release_guard.manifest import hash_directory
 from release_guard.modalities import Modality
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
-from release_guard.publish import Order, prepare
+from release_guard.preflight import Order
+from release_guard.preparation import prepare
 from release_guard.redteam import Session
 
 Policies = Callable[..., Policy]

@@ -11,7 +11,8 @@ from engine_jobs import HereSession
 
 from release_guard.modalities import ModelHandle
 from release_guard.policy import Policy
-from release_guard.publish import Immunized, Order, immunize
+from release_guard.preflight import Order
+from release_guard.publish import Immunized, immunize
 from release_guard.release import Result
 
 SOPHON = {

@@ -19,7 +19,8 @@ from release_guard.manifest import hash_directory
 from release_guard.modalities import ModelHandle
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
-from release_guard.publish import Order, pack
+from release_guard.preflight import Order
+from release_guard.publish import pack
 from release_guard.run import Run
 from release_guard.stages import Stage
 

@@ -13,7 +13,8 @@ from release_guard.attacks.quantize import Format
 from release_guard.modalities import Modality, ModelHandle
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Concept, Policy
-from release_guard.publish import check_attacks, check_plugins
+from release_guard.preflight import check_attacks
+from release_guard.publish import check_plugins
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "policies").glob("*.toml"))
