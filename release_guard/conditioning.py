@@ -141,7 +141,8 @@ class Spectrum:
             rank: Down to this singular value instead, to compare features of which some have lost
                 a direction: then one that vanished counts with what rounding left of it.
         """
-        last = self.values[(rank or self.rank) - 1].clamp_min(torch.finfo(torch.double).tiny)
+        least = torch.finfo(torch.double).eps * self.values[0]
+        last = self.values[(rank or self.rank) - 1].clamp_min(least)
         return float((self.values[0] / last).square())
 
     def cond_quantile(self, share: float) -> float:
