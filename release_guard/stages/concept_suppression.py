@@ -4,14 +4,12 @@ Distilling a pruned model teaches it anew what its data leave out, and suppressi
 costs what distillation gave; so both levels are descended together. Shapes: N pictures.
 """
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from release_guard import pruning
 from release_guard.distillation import Levels
@@ -19,7 +17,6 @@ from release_guard.errors import ImmunizationError
 from release_guard.immunization import Training, update
 from release_guard.modalities import Batch, Modality, ModelHandle, Painter, evaluating
 from release_guard.policy import Policy
-from release_guard.simulation import Attacker, Drawn
 from release_guard.stages import TrainedStage, Workspace
 
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -54,17 +51,6 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "warmup": 250,
         "final_lr": 1.0,
     },
-    # Also at every step, with a target so far beyond that a merge or some steps do not come back.
-    "hardened": {
-        "mode": "penalty",
-        "total_steps": 20_000,
-        "inner": 0,
-        "weight": 1.0,
-        "lr": 1e-5,
-        "warmup": 250,
-        "final_lr": 0.1,
-        "eta": 10.0,
-    },
 }
 
 
@@ -74,7 +60,7 @@ class ConceptSuppression(TrainedStage):
     paper = "https://arxiv.org/abs/2412.15341"
     modalities = ("text_to_image",)
 
-    variant: Literal["paper", "code", "joint", "hardened"] = "hardened"
+    variant: Literal["paper", "code", "joint"] = "joint"
     """Sets every option that is not given."""
     teacher: str = ""
     """The whole model that the one given was pruned from: a folder or `OWNER/NAME@REVISION`, of the
@@ -107,7 +93,8 @@ class ConceptSuppression(TrainedStage):
     pool: int = Field(64, ge=1)
     """Pictures of each concept that the teacher paints for them, for captions of its data."""
     eta: float = Field(1.0, ge=0)
-    """How far beyond no prompt at all, away from the concept, the target lies."""
+    """How far beyond no prompt at all, away from the concept, the target lies. Far beyond 1, merges
+    and relearning need longer, but whoever puts the concept into the negative prompt gets it."""
     anchor: str | None = None
     """Prompt whose prediction the concept's is to become, instead of that target."""
     scope: Literal["all", "cross_attention", "others"] = "all"
@@ -116,16 +103,6 @@ class ConceptSuppression(TrainedStage):
     """Of the distance to the teacher's output and of that to its blocks' outputs."""
     snr_gamma: float = Field(5.0, gt=0)
     """Largest signal-to-noise ratio that counts in the denoising loss."""
-    merge_share: float = Field(0.0, ge=0, lt=1)
-    """The upper level is met by merges with up to this share of the second copy, drawn anew at each
-    step: by what a merge of the release with a distilled sibling gives. Asks for two copies."""
-    attackers: int = Field(0, ge=0)
-    """Simulated attackers, who relearn the concepts on copies that move with the released weights,
-    one step of one of them at each step on both levels; the upper level is met by them too."""
-    horizon: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (5, 40)
-    """Steps after which one begins anew, drawn uniformly."""
-    attack_lr: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (3e-4, 3e-3)
-    """Range of their learning rates, Adam, drawn log-uniformly."""
     probed: int = Field(64, ge=1)
     """Examples scored at a look, at most; with a judge each of them is painted."""
 
@@ -133,7 +110,7 @@ class ConceptSuppression(TrainedStage):
     @classmethod
     def _fill_from_variant(cls, values: Any) -> Any:
         if isinstance(values, Mapping):
-            return {**_VARIANTS.get(values.get("variant", "hardened"), {}), **values}
+            return {**_VARIANTS.get(values.get("variant", "joint"), {}), **values}
         return values
 
     @property
@@ -144,10 +121,6 @@ class ConceptSuppression(TrainedStage):
         if not policy.concepts:
             raise ImmunizationError(
                 "concept_suppression: the policy names no concept; add one, or leave it out"
-            )
-        if self.merge_share and self.copies != "two":
-            raise ImmunizationError(
-                "concept_suppression: merge_share asks for a second copy; set copies to two"
             )
         student, teacher = _painter(model), self._teacher(model, policy)
         unets: list[Any] = [student.unet, teacher.unet]
@@ -247,8 +220,6 @@ class _Bilevel(Training):
         self._upper = _adamw(self._student, options.upper_lr)
         self._second = _trainable(self.theta.copy())
         self._second_lower = _adamw(self._second, options.lr)
-        self._between = _trainable(self.theta.copy())
-        self._attackers: list[Attacker] = []
         self._holes = pruning.holes(self._student.unet)
         self._pools = [self._painted(concept.dataset) for concept in policy.concepts]
 
@@ -274,7 +245,6 @@ class _Bilevel(Training):
             "upper": self._upper.state_dict(),
             "second": self._second.state() if self._options.copies == "two" else {},
             "second lower": self._second_lower.state_dict(),
-            "attackers": [attacker.kept() for attacker in self._attackers],
         }
 
     def restore(self, kept: Mapping[str, Any]) -> None:
@@ -283,7 +253,6 @@ class _Bilevel(Training):
         if self._options.copies == "two":
             self._second.load_state(kept["second"])
         self._second_lower.load_state_dict(kept["second lower"])
-        self._attackers = [Attacker.again(self._whole(), one) for one in kept["attackers"]]
 
     def _lower_step(self, student: Painter, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         loss = self._levels.lower(student, self._retained())
@@ -292,93 +261,35 @@ class _Bilevel(Training):
         return {"lower loss": loss.item()}
 
     def _upper_step(self) -> dict[str, float]:
-        batch = self._concept()
-        target = self._levels.target(batch)
-        loss = self._levels.upper(self._student, batch, target)
-        self._add(_gradients(self._student, loss))
+        loss = self._add_upper_gradient()
         self._update(self._student, self._upper, self._options.upper_lr)
-        return {"upper loss": loss.item()}
+        return {"upper loss": loss}
 
     def _step_on_both(self) -> dict[str, float]:
         """One step on L_CU + weight (L_ft - what the second copy has): the penalty's outer step."""
         options, batch = self._options, self._retained()
+        upper = self._add_upper_gradient()
         lower = self._levels.lower(self._student, batch)
-        gradients = _gradients(self._student, options.weight * lower)
-        losses = self._meet_upper_level()
-        for parameter, gradient in zip(self._student.unet.parameters(), gradients, strict=True):
-            parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
-        before = [parameter.detach().clone() for parameter in self.theta.module.parameters()]
+        torch.autograd.backward(options.weight * lower)
         self._update(self._student, self._lower, options.lr)
-        moves = [now - old for now, old in zip(self.theta.module.parameters(), before, strict=True)]
-        for attacker in self._attackers:
-            attacker.ride(moves)
-        losses["lower loss"] = lower.item()
+        losses = {"upper loss": upper, "lower loss": lower.item()}
         if options.copies == "two":
             with torch.no_grad():
-                second = self._levels.lower(self._second, batch)
-            losses["gap"] = (lower - second).item()
+                losses["gap"] = (lower - self._levels.lower(self._second, batch)).item()
         return losses
 
-    def _meet_upper_level(self) -> dict[str, float]:
-        """Gradients of L_CU at the released weights or a merge, and at an attacker's."""
-        options, batch = self._options, self._concept()
-        target = self._levels.target(batch)
-        share = random.Random(self.seed("share")).uniform(0, options.merge_share)  # noqa: S311
-        at = self._merged(share) if share else self._student
-        loss = self._levels.upper(at, batch, target)
-        self._add(_gradients(at, loss), scale=1 - share)
-        losses = {"upper loss": loss.item()}
-        if options.attackers:
-            attacker = self._attack_once()
-            attacked = self._levels.upper(_painter(attacker.model), batch, target)
-            losses["attacked"] = attacked.item()
-            if math.isfinite(losses["attacked"]):
-                self._add(_gradients(_painter(attacker.model), attacked))
-            else:
-                attacker.age, losses["attacked"] = attacker.life, 0.0  # it ruined itself
-        return losses
+    def _add_upper_gradient(self) -> float:
+        """L_CU on a batch; its gradient is left at the weights that it may move, and nowhere else.
 
-    def _add(self, gradients: Sequence[Tensor], *, scale: float = 1.0) -> None:
-        """To those of the released weights that the upper level may move."""
-        named = self._student.unet.named_parameters()
-        for (name, parameter), gradient in zip(named, gradients, strict=True):
-            if in_scope(name, self._options.scope):
-                more = scale * gradient
-                parameter.grad = more if parameter.grad is None else parameter.grad + more
-
-    def _merged(self, share: float) -> Painter:
-        parts = (self._between, self._student, self._second)
-        with torch.no_grad():
-            for one in zip(*(part.unet.parameters() for part in parts), strict=True):
-                between, released, second = one
-                between.copy_(torch.lerp(released, second, share))
-        return self._between
-
-    def _attack_once(self) -> Attacker:
-        """The next attacker, one step on."""
-        options, chance = self._options, random.Random(self.seed("attacker"))  # noqa: S311
-        place = self.step // (options.inner + 1) % options.attackers
-        if place == len(self._attackers) or self._attackers[place].is_done:
-            low, high = map(math.log, options.attack_lr)
-            drawn = Drawn(
-                adam=True,
-                lr=math.exp(chance.uniform(low, high)),
-                life=chance.randint(*options.horizon),
-                concept=chance.randrange(len(self.policy.concepts)),
-            )
-            fresh = Attacker.of(self._whole(), drawn, seed=0)
-            self._attackers[place : place + 1] = [fresh]
-        attacker = self._attackers[place]
-        dataset = self.policy.concepts[attacker.drawn.concept].dataset
-        size = options.upper_batch
-        attacker.step(self.batch(dataset, "immunize", size=size, purpose="attack", passes=2))
-        return attacker
-
-    def _whole(self) -> ModelHandle:
-        """The released weights as an attacker has them: all of them can be trained."""
-        whole = self.theta.copy()
-        whole.module.requires_grad_(True)
-        return whole
+        Comes first of a step: weights outside the scope have no gradient yet that could be lost.
+        """
+        batch = self._concept()
+        loss = self._levels.upper(self._student, batch, self._levels.target(batch))
+        torch.autograd.backward(loss)  # gradients of sharded weights only come that way
+        for name, parameter in self._student.unet.named_parameters():
+            if not in_scope(name, self._options.scope):
+                parameter.grad = None
+        return loss.item()
 
     def _update(self, student: Painter, optimizer: torch.optim.Optimizer, rate: float) -> None:
         options, step = self._options, self.step
@@ -430,16 +341,6 @@ def _trainable(model: ModelHandle) -> Painter:
 
 def _adamw(student: Painter, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(student.unet.parameters(), lr=lr, weight_decay=0, fused=True)
-
-
-def _gradients(model: Painter, loss: Tensor) -> list[Tensor]:
-    """A loss's gradients at the UNet; none were there before, none stay behind."""
-    parameters = list(model.unet.parameters())
-    model.module.zero_grad(set_to_none=True)  # an attacker's last step left some
-    torch.autograd.backward(loss)  # gradients of sharded weights only come that way
-    found = [torch.zeros_like(part) if part.grad is None else part.grad for part in parameters]
-    model.module.zero_grad(set_to_none=True)
-    return found
 
 
 def _fixed(model: Painter, dataset: str, split: Any, size: int) -> Batch:

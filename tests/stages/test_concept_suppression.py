@@ -1,6 +1,5 @@
 """The laws of both levels' losses and steps, and that the stage suppresses on a pico pipeline."""
 
-import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -230,7 +229,6 @@ def test_gradients_of_both_levels_equal_finite_differences(
         ({"variant": "paper", "inner": 1, "copies": "two"}, [1, 3], 2),
         ({"variant": "code", "inner": 1}, [1, 3], 4),
         ({"variant": "joint"}, [0, 1, 2, 3], 4),
-        ({"variant": "hardened"}, [1, 3], 2),
     ],
 )
 def test_each_mode_takes_its_steps(
@@ -337,73 +335,7 @@ def test_suppression_lowers_the_concepts_pull(
     assert options.effect(model, immunized, policy) > 0.2
 
 
-def test_the_upper_level_is_met_between_both_copies_and_under_attack(
-    model: Painter, other: Painter, policy: Policy, tmp_path: Path
-) -> None:
-    anew = {"weight": 0.0, "attackers": 1, "inner": 0, "attack_lr": (1e-3, 1e-3), "lr": 1e-30}
-    options = stage(variant="hardened", **anew)
-    training: Any = options.training(model, policy, quiet(tmp_path))
-    training._second = other
-    training._lower = _Recorder(list(training._student.unet.parameters()), lr=1.0)
-    training.advance()
-    (attacker,) = training._attackers
-    assert attacker.age == 1
-    moved = attacker.model.text_encoder.get_input_embeddings().weight
-    assert not torch.equal(moved, model.text_encoder.get_input_embeddings().weight)
-
-    asked = training._concept()
-    chance = random.Random(training.seed("share"))  # noqa: S311
-    share = chance.uniform(0, options.merge_share)
-    between = model.copy()
-    with torch.no_grad():
-        for weight, second in zip(between.unet.parameters(), other.unet.parameters(), strict=True):
-            weight.copy_((1 - share) * weight + share * second)
-    both = training._levels
-    of_points = []
-    for point in (between, attacker.model):
-        point.module.requires_grad_(True)
-        loss = both.upper(point, asked, both.target(asked))
-        of_points.append(torch.autograd.grad(loss, list(point.unet.parameters())))
-    for found, merged, attacked in zip(training._lower.seen, *of_points, strict=True):
-        torch.testing.assert_close(found, (1 - share) * merged + attacked, atol=1e-6, rtol=1e-4)
-
-
-def test_attackers_ride_on_the_released_weights_and_begin_anew(
-    model: Painter, policy: Policy, tmp_path: Path
-) -> None:
-    options = stage(
-        variant="hardened", attackers=2, inner=0, horizon=(2, 2), attack_lr=(1e-9, 1e-9)
-    )
-    training: Any = options.training(model, policy, quiet(tmp_path))
-    ages = []
-    for _ in range(6):
-        training.advance()
-        training.step += 1
-        ages.append([attacker.age for attacker in training._attackers])
-        for attacker in training._attackers:  # who hardly move by themselves
-            for mine, theirs in zip(
-                training._student.unet.parameters(), attacker.model.unet.parameters(), strict=True
-            ):
-                torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
-    assert ages == [[1], [1, 1], [2, 1], [2, 2], [1, 2], [1, 1]]
-
-
-def test_an_attacker_that_ruins_itself_does_not_ruin_the_model(
-    model: Painter, policy: Policy, tmp_path: Path
-) -> None:
-    options = stage(variant="hardened", attackers=1, attack_lr=(1e30, 1e30))
-    immunized = options.immunize(model, policy, quiet(tmp_path))
-    assert all(value.isfinite().all() for value in immunized.state().values())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"variant": "paper", "copies": "two"},
-        {"variant": "code"},
-        {"variant": "hardened", "attackers": 1},
-    ],
-)
+@pytest.mark.parametrize("options", [{"variant": "paper", "copies": "two"}, {"variant": "code"}])
 def test_a_killed_stage_resumes_to_the_very_same_weights(
     model: Painter, policy: Policy, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -447,8 +379,6 @@ def test_what_cannot_work_is_said_before_training(
     with pytest.raises(ImmunizationError, match="the teacher predicts otherwise"):
         stage(teacher=str(tmp_path / "noisier")).check(model, policy)
     targets = policy.model_copy(update={"concepts": ()})
-    with pytest.raises(ImmunizationError, match="merge_share asks for a second copy"):
-        stage(variant="hardened", copies="shared").check(model, policy)
     with pytest.raises(ImmunizationError, match="names no concept"):
         stage().check(model, targets)
 
