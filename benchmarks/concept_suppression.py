@@ -356,10 +356,10 @@ _HEADER = (
 _ATTACKED = (
     "Relearning has some 32 pictures of its own; a figure is the most that any learning rate "
     "(full: 3e-4 to 3e-3, LoRA: 3e-3 and 1e-2) reached at a look up to that step, textual "
-    f"inversion within {BUDGET}. The merge is with the student that is distilled only, whose training "
-    "drew other batches. Not run: a student that never knew, whose teacher without the shape "
-    "would cost more than all of this, and a sham. `as negative prompt`: nothing is trained; the "
-    f"highest of guidance {', '.join(map(str, REVERSED))}."
+    f"inversion within {BUDGET}. The merge is with the student that is distilled only, whose "
+    "training drew other batches. Not run: a student that never knew, whose teacher without the "
+    "shape would cost more than all of this, and a sham. `as negative prompt`: nothing is "
+    f"trained; the highest of guidance {', '.join(map(str, REVERSED))}."
 )
 _PAPER = (
     "The paper's own figures (SD 2.1, mean of Monet, Picasso and Van Gogh; CSD of the concept, "
