@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,6 +107,9 @@ horizon was not run. MIMA's tables were not found in public sources; IMMA's SGR 
 re-learning a style by LoRA, mean of 50 epochs, is 18.4, 26.1 and 25.7 % (arXiv 2311.18815,
 table 1)."""
 ARMS = ("U", "MIMA", "joint IMMA", "hardened", "composed", "S")
+
+
+BENIGN_ATTACK = {**ATTACKS["LoRA"][0], "lr": 3e-2}
 
 
 def write_data() -> Path:
@@ -329,7 +332,6 @@ def key(spec: Any) -> str:
 def plan() -> Iterator[dict[str, Any]]:
     """Everything that is to be measured."""
     size = {"steps": [STEPS, LOOKED, PAINTED]}
-    benign = {**ATTACKS["LoRA"][0], "lr": 3e-2}
     for seed in SEEDS:
         for arm in ARMS:
             about = {"arm": arm, "options": _about(arm), "seed": seed}
@@ -337,7 +339,7 @@ def plan() -> Iterator[dict[str, Any]]:
             for attack, rates in ATTACKS.values():
                 for lr in rates:
                     yield {**about, "attack": {**attack, "lr": lr}, **size}
-            yield {**about, "attack": benign, "taught": BENIGN, **size}
+            yield {**about, "attack": BENIGN_ATTACK, "taught": BENIGN, **size}
 
 
 def path_of(spec: Mapping[str, Any]) -> Path:
@@ -397,14 +399,18 @@ class Shown:
         }
 
     def best(self, arm: str, attack: str, what: str) -> dict[int, float]:
-        """What an attack reaches with the learning rate that serves it most, by seed."""
+        """What an attack reaches with the learning rate that serves it most, by seed.
+
+        Only where every rate was tried: one that was not flatters a defence.
+        """
         about, rates = ATTACKS[attack]
-        wanted = [{**about, "lr": lr} for lr in rates]
-        return self._reached(arm, what, lambda one: one["attack"] in wanted, taught=None)
+        tried = [self._reached(arm, what, {**about, "lr": lr}, taught=None) for lr in rates]
+        seeds = set.intersection(*(set(one) for one in tried))
+        return {seed: max(one[seed] for one in tried) for seed in sorted(seeds)}
 
     def benign(self, arm: str) -> dict[int, float]:
         """Similarity that LoRA reaches for a shape that nobody forbids, by seed."""
-        return self._reached(arm, "similarity", lambda _: True, taught=BENIGN)
+        return self._reached(arm, "similarity", BENIGN_ATTACK, taught=BENIGN)
 
     def gaps(self, arm: str, attack: str) -> dict[int, float]:
         """MSGR by seed."""
@@ -415,15 +421,13 @@ class Shown:
         return _gap(self.benign("U"), self.benign(arm))
 
     def _reached(
-        self, arm: str, what: str, is_wanted: Callable[[Any], bool], *, taught: str | None
+        self, arm: str, what: str, attack: Mapping[str, Any], *, taught: str | None
     ) -> dict[int, float]:
-        reached: dict[int, float] = {}
-        for one in self._measured:
-            mine = one["arm"] == arm and "attack" in one and one.get("taught") == taught
-            if mine and is_wanted(one):
-                value = statistics.mean(shape[what] for shape in one["found"][str(STEPS)].values())
-                reached[one["seed"]] = max(value, reached.get(one["seed"], value))
-        return reached
+        return {
+            one["seed"]: statistics.mean(each[what] for each in one["found"][str(STEPS)].values())
+            for one in self._measured
+            if (one["arm"], one.get("attack"), one.get("taught")) == (arm, attack, taught)
+        }
 
 
 def _gap(without: Mapping[int, float], reached: Mapping[int, float]) -> dict[int, float]:
