@@ -478,6 +478,39 @@ def ungauge(terminal: Terminal, *, model: str, private: Path, output: Path) -> N
     terminal.data(str(output), {"output": str(output), "changes": list(record.changes)})
 
 
+@cli.command()
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--pruner",
+    type=click.Choice(["depth", "width"]),
+    default="depth",
+    show_default=True,
+    help="depth: fewer layers a block. width: the smallest inner units become zero.",
+)
+@click.option(
+    "--output",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="What is made; it must not exist yet.",
+)
+@_common
+@click.pass_obj
+def prune(terminal: Terminal, *, model: str, pruner: str, output: Path) -> None:
+    """Make a smaller text-to-image pipeline of MODEL, which concept_suppression then distils."""
+    _need_torch()
+    from release_guard import pruning  # noqa: PLC0415
+    from release_guard.preflight import local_folder  # noqa: PLC0415
+    from release_guard.run import folder_made_whole  # noqa: PLC0415
+
+    if output.exists():
+        raise click.UsageError(f"{output} exists already; give --output another name")
+    with folder_made_whole(output) as folder:
+        macs = pruning.prune(str(local_folder(model)), folder, pruning.PRUNERS[pruner])
+    terminal.say("multiplications of a UNet pass: {:,} before, {:,} after".format(*macs))
+    terminal.data(str(output), {"output": str(output), "macs": list(macs)})
+
+
 @cli.group("policy")
 def policy_group() -> None:
     """Look at policy files."""

@@ -134,7 +134,15 @@ class Pipeline:
         """Whether the UNet finds velocities rather than the noise."""
         return bool(self.scheduler.config.prediction_type == "v_prediction")
 
-    def paint(self, tokens_NL: Tensor, noise: Tensor, *, steps: int, guidance: float) -> Tensor:
+    def paint(
+        self,
+        tokens_NL: Tensor,
+        noise: Tensor,
+        *,
+        steps: int,
+        guidance: float,
+        inverted: bool = False,
+    ) -> Tensor:
         """Pictures (N, channels, height, width) in [0, 1], by the library's own pipeline.
 
         Args:
@@ -142,13 +150,15 @@ class Pipeline:
             noise: Where they start (N, *latent_shape).
             steps: Steps of DDIM, without noise of its own.
             guidance: Classifier-free guidance against the empty prompt; 1 is none.
+            inverted: The empty prompt is what is asked for, and the prompt what is kept away from.
         """
         empty_NL = self.tokens([""]).to(tokens_NL.device).expand_as(tokens_NL)
+        asked_NL, against_NL = (empty_NL, tokens_NL) if inverted else (tokens_NL, empty_NL)
         painter = self._diffusers(diffusers.DDIMScheduler.from_config(self.scheduler.config))
         painter.set_progress_bar_config(disable=True)
         painted: Tensor = painter(
-            prompt_embeds=self.embed(tokens_NL),
-            negative_prompt_embeds=self.embed(empty_NL),
+            prompt_embeds=self.embed(asked_NL),
+            negative_prompt_embeds=self.embed(against_NL),
             latents=noise,
             num_inference_steps=steps,
             guidance_scale=guidance,

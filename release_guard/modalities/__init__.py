@@ -180,6 +180,15 @@ class Painter(ModelHandle):
         """
 
     @abstractmethod
+    def guided(self, guidance: float, *, inverted: bool) -> Self:
+        """A copy that paints with other guidance.
+
+        Args:
+            guidance: How strongly prompts are followed; 1 is guidance by nothing.
+            inverted: It is asked for nothing, and kept away from the prompt.
+        """
+
+    @abstractmethod
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """What the UNet attends to, differentiable: (prompts, tokens, features)."""
 

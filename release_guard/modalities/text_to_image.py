@@ -67,6 +67,7 @@ class TextToImageModel(Painter):
         self._judge = judge
         self._modality = modality
         self._prompts: Mapping[int, str] = {}  # instead of captions, by what is shown
+        self._guidance, self._inverted = modality.guidance, False
         columns = Columns(modality.image_column, modality.caption_column, modality.label_column)
         read = Reader(columns, pipeline, judge)
         self._pictures: Callable[[str], Pictures] = functools.cache(read)  # shared between copies
@@ -193,6 +194,12 @@ class TextToImageModel(Painter):
             raise ModelError(f"template {template!r} leaves no room for new words: {reads}")
         return twin
 
+    def guided(self, guidance: float, *, inverted: bool) -> Self:
+        twin = self.copy()
+        twin.module.eval()
+        twin._guidance, twin._inverted = guidance, inverted
+        return twin
+
     def embed(self, prompts: Sequence[str]) -> Tensor:
         return self._pipeline.embed(self._pipeline.tokens(prompts).to(self.device))
 
@@ -275,7 +282,8 @@ class TextToImageModel(Painter):
                     some_NL.to(self.device),
                     start.to(self.device),
                     steps=options.sampling_steps,
-                    guidance=options.guidance,
+                    guidance=self._guidance,
+                    inverted=self._inverted,
                 )
                 for some_NL, start in parts
             ]

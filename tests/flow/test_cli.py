@@ -46,7 +46,8 @@ search_examples = 60
 confirm_examples = 60
 """
 COMMANDS = ("attack", "completion", "demo", "immunize", "keygen", "plan", "policy check",
-            "policy schema", "publish", "replay", "report", "ungauge", "verify")  # fmt: skip
+            "policy schema", "prune", "publish", "replay", "report", "ungauge",
+            "verify")  # fmt: skip
 
 Lines = Callable[[], list[str]]
 
