@@ -5,6 +5,8 @@ Shapes: N examples (or scored tokens), C classes or vocabulary entries, F featur
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +74,26 @@ def probe_explains(features_NF: Tensor, labels_N: Tensor, *, num_classes: int) -
     identity_FF = torch.eye(len(gram_FF), dtype=gram_FF.dtype, device=gram_FF.device)
     solved_FC: Tensor = torch.linalg.solve(gram_FF + ridge * identity_FF, cross_FC)
     return (cross_FC * solved_FC).sum() / total
+
+
+def probes_explain(model: ModelHandle, batch: Batch) -> Tensor:
+    """What `probe_explains` says, mean over the outputs of all blocks and the head's input.
+
+    Outputs are averaged over places (pixels or tokens) first.
+    """
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, __: object, output: Any) -> None:
+        out = output[0] if isinstance(output, tuple) else output
+        seen.append(out.mean(dim=(2, 3)) if out.ndim == 4 else out.mean(dim=1))  # noqa: PLR2004
+
+    with ExitStack() as hooks:
+        for block in model.blocks:
+            hooks.enter_context(block.register_forward_hook(keep))
+        features_NF, labels_N = model.features(batch)
+    num_classes = model.head.out_features
+    read = [probe_explains(one, labels_N, num_classes=num_classes) for one in [*seen, features_NF]]
+    return torch.stack(read).mean()
 
 
 def suppression(

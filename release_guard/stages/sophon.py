@@ -25,7 +25,7 @@ from release_guard.modalities import Batch, ModelHandle, Painter, evaluating
 from release_guard.policy import Policy
 from release_guard.simulation import Attacker, Drawn, Habits, has_own_head
 from release_guard.stages import TrainedStage, Workspace
-from release_guard.suppression import suppression
+from release_guard.suppression import probes_explain, suppression
 
 Range = tuple[float, float]
 
@@ -167,6 +167,9 @@ class Sophon(TrainedStage):
     """Retained examples of such a step."""
     ntr_clip: Annotated[float, Field(gt=0)] | None
     """Norm its gradient is clipped to; none: any."""
+    hold: float = Field(0.0, ge=0)
+    """Weight of what ridge probes read off every block's output, in the first reinforcement step
+    of an outer step and in those of the tail, which otherwise repair the features as well."""
     distill: float = Field(ge=0)
     """Weight of staying close to the base model's outputs on retained examples."""
     tail_steps: int = Field(ge=0)
@@ -195,6 +198,8 @@ class Sophon(TrainedStage):
             raise ImmunizationError(
                 f"sophon: `{wrong[0]}` is no loss of {kind} models; leave it out"
             )
+        if self.hold and policy.modality.name != "image_classification":
+            raise ImmunizationError("sophon: `hold` reads classes off images; leave it out")
         if weights.get("probe") and model.head.out_features > _MOST_PROBED:
             raise ImmunizationError(
                 f"sophon: `probe` works up to {_MOST_PROBED} classes, this head has "
@@ -404,12 +409,21 @@ class _Simulation(Training):
             loss = task + options.distill * distance
         else:
             loss = task = self.theta.loss(batch)
+        if options.hold and turn == 0:
+            loss = loss + options.hold * self._readable()
         self._reinforce.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         if options.ntr_clip is not None:
             nn.utils.clip_grad_norm_(self._parameters, options.ntr_clip)
         update(self._reinforce, rate)
         return task.item()
+
+    def _readable(self) -> Tensor:
+        """What ridge probes explain of the labels of one concept, on the released weights."""
+        options, concepts = self._options, self.policy.concepts
+        source = concepts[self.step % len(concepts)].dataset
+        batch = self.batch(source, "immunize", size=options.batch, purpose="held")
+        return probes_explain(self.theta, batch)
 
     def _retained(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Task loss, and distance from the base's outputs: an MSE, or KL at temperature 2."""

@@ -17,7 +17,7 @@ from release_guard.plugins import Spec
 from release_guard.policy import Concept, Policy
 from release_guard.stages import Stage
 from release_guard.stages.sophon import Sophon
-from release_guard.suppression import ice
+from release_guard.suppression import ice, probes_explain
 
 SMALL = {
     "outer_steps": 4,
@@ -341,6 +341,29 @@ def test_a_painter_is_brought_to_predict_less_and_keeps_its_autoencoder(
     measures = stage.measure(painter, immunized, policy)
     assert measures["dos on standing-bars, immunized"] < measures["dos on standing-bars, base"]
     assert stage.effect(painter, immunized, policy) > 0
+
+
+def test_holding_keeps_features_from_being_repaired(
+    policy: Policy, model: ModelHandle, tmp_path: Path
+) -> None:
+    """Without suppression: reinforcement alone, with and without what probes may read."""
+    options = {**SMALL, "outer_steps": 1, "alpha": 1e-9, "tail_steps": 40, "batch": 64}
+    batch = next(model.batches(policy.concepts[0].dataset, "immunize", size=128, seed=9))
+    read = []
+    for hold in (0.0, 3.0):
+        stage = Stage.build(Spec(name="sophon", **options, hold=hold))
+        immunized = stage.immunize(model, policy, quiet(tmp_path / str(hold)))
+        read.append(probes_explain(immunized, batch).item())
+    assert read[1] < read[0] - 0.02
+
+
+def test_holding_is_refused_where_there_are_no_images_to_class(
+    lm_folder: Path, text_data: Path, tmp_path: Path
+) -> None:
+    policy = language_policy(tmp_path, text_data)
+    model = Modality.build(policy.modality).load(str(lm_folder))
+    with pytest.raises(ImmunizationError, match="`hold` reads classes"):
+        Stage.build(Spec(name="sophon", hold=1.0)).check(model, policy)
 
 
 @pytest.mark.parametrize("loss", ["ice", "ice_released", "klu", "probe"])

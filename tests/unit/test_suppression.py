@@ -16,6 +16,7 @@ from release_guard.suppression import (
     ice_released,
     klu,
     probe_explains,
+    probes_explain,
     suppression,
 )
 
@@ -144,6 +145,22 @@ def test_on_a_classifier_the_losses_are_weighted_and_added(
     assert rows == 24
     released, _ = suppression(classifier, batch, {"ice_released": 1.0})
     torch.testing.assert_close(released, ice_released(logits_NC, labels_N))
+
+
+def test_probes_read_every_block_and_the_last_features(
+    classifier: ModelHandle, image_data: Path
+) -> None:
+    batch = next(
+        classifier.batches(str(image_data / "restricted.parquet"), "immunize", size=24, seed=0)
+    )
+    features_NF, labels_N = classifier.features(batch)
+    hidden = classifier.module(pixel_values=batch["pixels"], output_hidden_states=True)
+    blocks = [states.mean(dim=1) for states in hidden.hidden_states[1:]]
+    assert len(blocks) == len(classifier.blocks) > 1
+    wanted = [probe_explains(one, labels_N, num_classes=8) for one in [*blocks, features_NF]]
+    hooks = [dict(block._forward_hooks) for block in classifier.blocks]
+    torch.testing.assert_close(probes_explain(classifier, batch), torch.stack(wanted).mean())
+    assert hooks == [dict(block._forward_hooks) for block in classifier.blocks]
 
 
 def test_on_a_painter_it_is_what_its_unet_predicts(painter: Painter, standing: Concept) -> None:
