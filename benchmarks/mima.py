@@ -35,6 +35,7 @@ from release_guard.policy import Budget, Concept, Policy
 from release_guard.prompt_rows import Prompts
 from release_guard.stages import Stage, Workspace
 from release_guard.stages.mima import Mima
+from release_guard.statistics import t_bounds
 
 TITLE = "MIMA"
 SEEDS = (0, 1, 2)
@@ -459,8 +460,12 @@ def _gaps(shown: Shown) -> str:
 
 
 def _targets(shown: Shown) -> str:
-    """The issue's words; a target whose arms were not measured for every seed is not met."""
+    """What was set out for; a target whose arms were not measured for every seed is not met."""
     every = len(SEEDS) * len(ATTACKS)
+
+    def by_seed(arm: str) -> list[float]:
+        gaps = [shown.gaps(arm, name) for name in ATTACKS]
+        return [statistics.mean(one[seed] for one in gaps) for seed in SEEDS]
 
     def all_gaps(arm: str) -> list[float]:
         return [gap for name in ATTACKS for gap in shown.gaps(arm, name).values()]
@@ -470,8 +475,10 @@ def _targets(shown: Shown) -> str:
         if len(mine) < every or len(theirs) < every:
             return f"MSGR of MIMA above that of {rival}: not measured for every adaptation and seed"
         told = f"{statistics.mean(mine):.2f} and {statistics.mean(theirs):.2f}"
-        higher = statistics.mean(mine) > statistics.mean(theirs)
-        return f"MSGR of MIMA above that of {rival}: {told}, {_met(higher)}"
+        leads = [one - other for one, other in zip(by_seed("MIMA"), by_seed(rival), strict=True)]
+        bound, _ = t_bounds(leads)
+        lead = f"the lead's lower 95 % bound over seeds is {bound:.2f}"
+        return f"MSGR of MIMA above that of {rival}: {told}, {lead}, {_met(bound > 0)}"
 
     def lasting(arm: str) -> str:
         gaps = all_gaps(arm)
