@@ -36,11 +36,12 @@ from release_guard.statistics import t_bounds
 TITLE = "SOPHON under the paper's attack and under a sweep"
 SEEDS = (0, 1, 2)
 ARMS = ("U", "P", "H", "S", "N")
-SCREENED = ("U", "H", "N")
-HORIZON, LOOKS = 20, (1, 4, 16)  # scores are shown at these multiples of the horizon
-SCREENING, BEST, LIMIT = 12, 1, 80
-"""Steps of the first round on seed 0, how many of each screened arm go on, and their steps."""
-CEILINGS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85)
+LOOKS = (20, 80)  # steps after which accuracies are shown
+SCREENED = {"U": 8, "H": 20, "N": 20}
+"""Steps of a first round of the whole grid on seed 0: where each arm has begun to learn."""
+LIMIT = 80
+"""Steps of those who go on: the best on each screened arm, and the corners."""
+CEILINGS = (0.4, 0.5, 0.55, 0.6, 0.65, 0.7)
 CLAIM_STEPS, CLAIM_RATES = 150, (1e-4, 1e-3)
 
 DEFENCES: Mapping[str, Mapping[str, Any]] = {
@@ -57,7 +58,14 @@ DEFENCES: Mapping[str, Mapping[str, Any]] = {
         "ntr_steps": 5,
         "ntr_batch": 50,
     },
-    "H": {"variant": "hardened", "outer_steps": 450, "ntr_batch": 64, "tail_steps": 600},
+    "H": {
+        "variant": "hardened",
+        "outer_steps": 400,
+        "ntr_batch": 64,
+        "tail_steps": 600,
+        "hold": 1.0,
+        "renew_share": 0.35,
+    },
 }
 RATES: Mapping[str, Sequence[float]] = {
     "sgd": (1e-3, 1e-2, 1e-1, 1.0),
@@ -69,7 +77,7 @@ RATES: Mapping[str, Sequence[float]] = {
 MODES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "direct": ({"name": "finetune", "head": "kept"},),
     "re-init": ({"name": "finetune", "head": "new"},),
-    "LP-then-FT": ({"name": "linear_probe", "examples": 640}, {"name": "finetune", "head": "kept"}),
+    "LP-then-FT": ({"name": "linear_probe", "examples": 256}, {"name": "finetune", "head": "kept"}),
     "LoRA": ({"name": "lora", "rank": 8, "head": "new"},),
 }
 ADAM = {"name": "finetune", "optimizer": "adam", "lr": 3e-3, "head": "new", "batch": 64}
@@ -77,7 +85,6 @@ CORNERS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "linear probe": ({"name": "linear_probe", "examples": 32 * LIMIT},),
     "adam 5e-3, batch 256": ({**ADAM, "lr": 5e-3, "batch": 256},),
     "adam 3e-3, two new blocks": ({**ADAM, "new_blocks": 2},),
-    "new norms, adam 3e-3": ({"name": "reinit", "part": "norms"}, ADAM),
     "rescale, adam 3e-3": ({"name": "rescale", "whiten": True}, ADAM),
 }
 """What broke earlier forms of the stage: always among the attackers."""
@@ -98,25 +105,25 @@ def main(pairs: Sequence[Pair] = PAIRS) -> None:
 
 def measured(pair: Pair) -> dict[str, Any]:
     """All rows of a pair."""
-    finalists = {**chosen(pair), **CORNERS}
+    finalists = chosen(pair)
     seeds = [seed_rows(pair, seed, finalists) for seed in SEEDS]
-    return {"title": pair.title, "ceiling": pair.ceiling, "attacks": list(finalists), "rows": seeds}
+    told = {"finalists": list(finalists), "corners": list(CORNERS)}
+    return {"title": pair.title, "ceiling": pair.ceiling, **told, "rows": seeds}
 
 
 def seed_rows(
-    pair: Pair, seed: int, attacks: Mapping[str, Sequence[Mapping[str, Any]]]
+    pair: Pair, seed: int, finalists: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, Any]:
     rows = {}
     for arm in ARMS:
+        attacks = {**finalists, **(CORNERS if arm in SCREENED else {})}
         curves = {name: curve(pair, seed, arm, specs, LIMIT) for name, specs in attacks.items()}
         strongest = min(curves, key=lambda name: rank(curves[name], pair.ceiling))
-        limit = LOOKS[-1] * HORIZON
         rows[arm] = {
             "retained": None if arm == "N" else retained(pair, seed, arm),
             "claim": {str(rate): claim(pair, seed, arm, rate) for rate in CLAIM_RATES},
             "curves": curves,
             "strongest": strongest,
-            "long": curve(pair, seed, arm, attacks[strongest], limit),
         }
     return rows
 
@@ -125,12 +132,12 @@ def chosen(pair: Pair) -> dict[str, Sequence[Mapping[str, Any]]]:
     """The strongest attackers of the whole grid on each screened arm, after a short first round."""
     grid = dict(attackers())
     names = []
-    for arm in SCREENED:
+    for arm, steps in SCREENED.items():
         found = {
-            name: curve(pair, SEEDS[0], arm, specs, SCREENING)[-1][1]
+            name: curve(pair, SEEDS[0], arm, specs, steps, split="search")[-1][1]
             for name, specs in grid.items()
         }
-        names += sorted(found, key=lambda name: -found[name])[:BEST]
+        names.append(max(found, key=lambda name: found[name]))
     return {name: grid[name] for name in dict.fromkeys(names)}
 
 
@@ -147,27 +154,37 @@ def claim(pair: Pair, seed: int, arm: str, rate: float) -> float:
     return curve(pair, seed, arm, [{"name": "finetune", **spec}], CLAIM_STEPS)[-1][1]
 
 
-def curve(pair: Pair, seed: int, arm: str, specs: Sequence[Mapping[str, Any]], limit: int) -> Curve:
-    """Accuracy by steps of the last attack, added to what the ones before it took."""
+def curve(
+    pair: Pair,
+    seed: int,
+    arm: str,
+    specs: Sequence[Mapping[str, Any]],
+    limit: int,
+    *,
+    split: Split = "confirm",
+) -> Curve:
+    """Accuracy by steps of the last attack, added to what the ones before it took.
+
+    On the split `search` at the end only.
+    """
 
     def run() -> Curve:
         policy, attacked, spent = pair.policy(seed), model(pair, seed, arm), 0
         for spec in specs[:-1]:
-            *_, last = tamper(attacked, spec, policy, limit=LIMIT)
+            *_, last = tamper(attacked, spec, policy, limit=LIMIT, ratio=LIMIT)
             attacked, spent = last.model, spent + last.cost.steps
-        steps = tamper(attacked, specs[-1], policy, limit=limit)
-        split: Split = "search" if limit == SCREENING else "confirm"
+        ratio = 1.3 if split == "confirm" else limit
+        steps = tamper(attacked, specs[-1], policy, limit=limit, ratio=ratio)
         return [(spent + one.cost.steps, accuracy(one.model, policy, split)) for one in steps]
 
-    about = [seed, arm, DEFENCES.get("H" if arm == "S" else arm), list(specs), limit]
+    about = [seed, arm, DEFENCES.get("H" if arm == "S" else arm), list(specs), limit, split]
     return cell(pair, about, run)
 
 
 def tamper(
-    attacked: ModelHandle, spec: Mapping[str, Any], policy: Policy, *, limit: int
+    attacked: ModelHandle, spec: Mapping[str, Any], policy: Policy, *, limit: int, ratio: float
 ) -> Iterator[Tampered]:
-    budget, ratio = Budget(unit="steps", limit=limit), 1.3 if limit > SCREENING else 100.0
-    attack = Attack.build(Spec(**spec))
+    budget, attack = Budget(unit="steps", limit=limit), Attack.build(Spec(**spec))
     return attack.tamper(
         attacked, policy.concepts[0], budget=budget, grid_ratio=ratio, seed=policy.seed + 1
     )
@@ -228,9 +245,9 @@ def _made(pair: Pair, seed: int, arm: str, folder: Path) -> ModelHandle:
     return stage.immunize(base, policy, Workspace(work, work, lambda *_: None, lambda _: None))
 
 
-def best_by(found: Curve, steps: int) -> float:
-    """The best accuracy up to a number of steps."""
-    return max(score for at, score in found if at <= steps)
+def best_by(curves: Iterable[Curve], steps: int) -> float:
+    """The best accuracy of any of them up to a number of steps."""
+    return max(score for one in curves for at, score in one if at <= steps)
 
 
 def rank(found: Curve, ceiling: float) -> tuple[float, float]:
@@ -253,19 +270,21 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 CAPTION = """\
-Small scale: a ViT of width 64 and 3 layers on 14 x 14 pixels in 4 patches, a ResNet of 3 stages on
-20 x 20, {seeds} seeds (of the model, the stage and the attacks), some 1,000 and 800 images for the
+Small scale: a ViT of width 64 and 3 layers on 18 x 18 pixels in 9 patches, a ResNet of 3 stages on
+20 x 20, {seeds} seeds (of the model, the stage and the attacks), 256 and some 800 images for the
 attacker, 500 and 400 for a score (+-2 points).
 Figures are means (lowest to highest of the seeds); bounds are one-sided 95 % t bounds of the mean
 logarithm over the seeds. `>=`: some seed was not breached within the steps of the sweep, which
 then count as its cost. P is the paper's step (first-order, ICE, new heads, 90/10 split) with rates
 scaled to a short run: inner SGD 0.05, K = 8, alpha 3e-3, 5 NTR steps, 100 outer steps; at the
-paper's own 1e-4, 3e-4 and 1 it does next to nothing within so few. H is the variant `hardened` with
-450 outer steps, 600 in the tail and 64 retained images a step: chosen of four tries on seed 0 of
-the first pair, by retained loss; the guard is wide open (margin .2), so that what each arm loses is
-seen. The ceiling was set looking at U and N under fewer attackers; the table by ceilings shows what
-hangs on it. The paper's own figures (CAFormer, ImageNette, CIFAR-10 after 20 epochs): scratch 62.7,
-pre-trained 84.8, SOPHON 15.2; retained 99.6 before and 96.2 after."""
+paper's own 1e-4, 3e-4 and 1 it does next to nothing within so few. H is the variant `hardened`
+with 400 outer steps, 600 in the tail, 64 retained images a step, `hold` 1 and `renew_share` .35:
+the last of three tries on seed 0 of the digits, not tuned on the Fashion pair, though the variant
+itself grew up on the demo's Fashion-MNIST. The guard is wide open (margin .2): all losses are seen.
+Fashion's images, places and ceiling were set looking at U and N of seed 0 alone,
+under fewer attackers; so was the digits' ceiling. The table by ceilings shows what hangs on it. The
+paper's own figures (CAFormer, ImageNette, CIFAR-10 after 20 epochs): scratch 62.7, pre-trained
+84.8, SOPHON 15.2; retained 99.6 before and 96.2 after."""
 
 
 CLAIM = """\
@@ -273,10 +292,11 @@ Accuracy on the restricted classes after {steps} steps of the paper's attack (mo
 decay 1e-4, constant rate, all layers, head kept; batch 64)."""
 SWEEP = """\
 Breach: accuracy {ceiling:g}. {number} attackers (five optimizers, four decades, four modes) ran
-{first} steps against {screened} on seed 0; the best {best} of each, with the corners that broke
-earlier forms of the stage, ran {limit} steps on every arm and seed: {attacks}. A probe reads 32
-images a step; before fine-tuning it takes 20 steps, which count. The strongest of an arm went on
-for {long} steps; the last columns are the best accuracy on the way there."""
+against seed 0 of {screened}; the best of each ran {limit} steps on every arm and seed:
+{finalists}. So did, on U, H and N, the corners that broke earlier forms of the stage: {corners}. P
+and S met fewer attackers, so their steps flatter them. A probe reads 32 images a step; before
+fine-tuning it takes 8 steps, which count. The last columns are the best accuracy of any of them up
+to so many steps."""
 
 
 def _pair(found: Mapping[str, Any]) -> str:
@@ -286,7 +306,7 @@ def _pair(found: Mapping[str, Any]) -> str:
         [[f"rate {rate}", *_claims(rows, rate)] for rate in rows[0]["U"]["claim"]],
     )
     header = ["sweep", "retained loss", "steps", "kappa", "bound", "sigma", "bound", "strongest"]
-    looks = [f"after {HORIZON * look}" for look in LOOKS]
+    looks = [f"after {look}" for look in LOOKS]
     sweep = table([*header, *looks], [_arm(found, arm) for arm in ARMS])
     return "\n\n".join(
         [
@@ -297,11 +317,9 @@ def _pair(found: Mapping[str, Any]) -> str:
             SWEEP.format(
                 ceiling=found["ceiling"],
                 number=len(dict(attackers())),
-                screened=", ".join(SCREENED),
-                attacks=", ".join(f"`{name}`" for name in found["attacks"]),
-                long=HORIZON * LOOKS[-1],
-                first=SCREENING,
-                best=BEST,
+                screened=", ".join(f"{arm} for {steps} steps" for arm, steps in SCREENED.items()),
+                finalists=", ".join(f"`{name}`" for name in found["finalists"]),
+                corners=", ".join(f"`{name}`" for name in found["corners"]),
                 limit=LIMIT,
             ),
             _by_ceiling(rows),
@@ -318,7 +336,7 @@ def _arm(found: Mapping[str, Any], arm: str) -> list[str]:
     rows, ceiling = found["rows"], found["ceiling"]
     lost = [row["U"]["retained"] - (row[arm]["retained"] or math.nan) for row in rows]
     looks = [
-        spread_of([best_by(row[arm]["long"], HORIZON * look) for row in rows]) for look in LOOKS
+        spread_of([best_by(row[arm]["curves"].values(), look) for row in rows]) for look in LOOKS
     ]
     return [
         arm,
@@ -395,7 +413,7 @@ def _verdict(found: Mapping[str, Any]) -> str:
         said = "void, U is no better than N" if void else "met" if held else "MISSED"
         told.append(
             f"Claim at rate {rate}, {arm} (at most N's accuracy, retained loss at most 1.5 "
-            f"points): {said}."
+            f"points): {said} ({means[arm]:.3f} against {means['N']:.3f}, {_lost(rows, arm):.1%})."
         )
     return " ".join([*told, *_beyond(rows, found["ceiling"])])
 
@@ -411,9 +429,10 @@ def _beyond(rows: Sequence[Mapping[str, Any]], ceiling: float) -> Iterator[str]:
             f"Beyond it, {name} bound at least {wanted} at a retained loss of at most 1 point: "
             f"{met} ({bound:.2f}, {lost:.1%})."
         )
-    start = _mean(_ratios(rows, "N", "U", ceiling))
-    if start < 3:  # noqa: PLR2004
-        yield f"The head start is {start:.1f}, below 3: sigma says little on this pair."
+    starts = _ratios(rows, "N", "U", ceiling)
+    if min(starts) < 3:  # noqa: PLR2004
+        told = ", ".join(f"{start:.1f}" for start in starts)
+        yield f"Head starts of the seeds: {told}. Where one is below 3, sigma says little."
 
 
 def _lost(rows: Sequence[Mapping[str, Any]], arm: str) -> float:
