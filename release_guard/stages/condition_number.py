@@ -324,8 +324,8 @@ class _Folded(Training):
         super().__init__(options.name, options.model_dump_json(), base, policy)
         self._options, self._writer = options, _writer(base, policy)
         grams = []
-        for dataset, split in _domains(policy):
-            rows = options.rows(base, dataset, split, seed=self.seed(f"rows/{dataset}"))
+        for place, (dataset, split) in enumerate(_domains(policy)):
+            rows = options.rows(base, dataset, split, seed=self.seed(f"rows/{place}"))
             self.pay(rows, passes=_READING)
             grams.append(gram(read(base, rows, options.piece)))
         restricted_FF = torch.stack(grams[1:]).mean(dim=0)

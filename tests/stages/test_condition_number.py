@@ -273,8 +273,8 @@ def test_domains_too_much_alike_are_refused_a_closed_form(
     (concept,) = texts.concepts
     same = concept.model_copy(update={"dataset": texts.retain.dataset})
     texts = texts.model_copy(update={"concepts": (same,)})
-    with pytest.raises(ImmunizationError, match="too much alike"):
-        build(extractor="linear", batch=100).immunize(projected(), texts, quiet(tmp_path / "w"))
+    with pytest.raises(ImmunizationError, match="too much alike"):  # few rows differ by chance
+        build(extractor="linear", batch=200).immunize(projected(), texts, quiet(tmp_path / "w"))
 
 
 @pytest.mark.parametrize("variant", ["paper", "hardened"])
