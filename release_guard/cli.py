@@ -105,6 +105,22 @@ _policy_option = click.option(
 _base_option = click.option(
     "--base", metavar="SOURCE", help="Undefended original, where SOURCE was immunized elsewhere."
 )
+
+
+def _not_there(_: click.Context, __: click.Parameter, folder: Path) -> Path:
+    if folder.exists():
+        raise click.UsageError(f"{folder} exists already; give --output another name")
+    return folder
+
+
+_made_option = click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    callback=_not_there,
+    metavar="DIR",
+    help="What is made; it must not exist yet.",
+)
 _output_option = click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -457,13 +473,7 @@ def replay(  # noqa: PLR0913
     metavar="FILE",
     help="gauge.json, from the folder `private` of the run that made the release.",
 )
-@click.option(
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="What is made; it must not exist yet.",
-)
+@_made_option
 @_common
 @click.pass_obj
 def ungauge(terminal: Terminal, *, model: str, private: Path, output: Path) -> None:
@@ -471,8 +481,6 @@ def ungauge(terminal: Terminal, *, model: str, private: Path, output: Path) -> N
     _need_torch()
     from release_guard.ungauge import ungauge as flow  # noqa: PLC0415
 
-    if output.exists():
-        raise click.UsageError(f"{output} exists already; give --output another name")
     record = flow(model, private, output)
     terminal.say(f"taken back: {', '.join(record.changes)}")
     terminal.data(str(output), {"output": str(output), "changes": list(record.changes)})
@@ -487,13 +495,7 @@ def ungauge(terminal: Terminal, *, model: str, private: Path, output: Path) -> N
     show_default=True,
     help="depth: fewer layers a block. width: the smallest inner units become zero.",
 )
-@click.option(
-    "--output",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="What is made; it must not exist yet.",
-)
+@_made_option
 @_common
 @click.pass_obj
 def prune(terminal: Terminal, *, model: str, pruner: str, output: Path) -> None:
@@ -503,8 +505,6 @@ def prune(terminal: Terminal, *, model: str, pruner: str, output: Path) -> None:
     from release_guard.preflight import local_folder  # noqa: PLC0415
     from release_guard.run import folder_made_whole  # noqa: PLC0415
 
-    if output.exists():
-        raise click.UsageError(f"{output} exists already; give --output another name")
     with folder_made_whole(output) as folder:
         macs = pruning.prune(str(local_folder(model)), folder, pruning.PRUNERS[pruner])
     terminal.say("multiplications of a UNet pass: {:,} before, {:,} after".format(*macs))

@@ -7,7 +7,8 @@ Everything is differentiable in the states' weights and in what weighs them.
 Shapes: I inputs of a linear layer (and a 1 where it has a bias), O outputs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ Weights = Sequence[float] | Tensor
 _PARALLEL = 0.9995  # cosine above which an arc is a straight line
 _RIDGE = 1e-8  # share of the mean variance given to every input; those never seen are averaged
 _TINY = 1e-30
+_NOTHING = 1e-12  # squared norm of tensors that are all zero
 
 
 def linear(states: Sequence[State], weights: Weights) -> State:
@@ -101,6 +103,21 @@ def layerwise(base: State, states: Sequence[State], weights: Mapping[str, Weight
         else tensor
         for name, tensor in base.items()
     }
+
+
+def distance(
+    state: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Iterable[str]
+) -> float:
+    """How far some tensors are from a base's, relative to the norm of those (L2)."""
+    chosen = list(names)
+    moved, known = (
+        math.fsum(part.detach().double().square().sum().item() for part in parts)
+        for parts in (
+            (state[name] - base[name] for name in chosen),
+            (base[name] for name in chosen),
+        )
+    )
+    return math.sqrt(moved / max(known, _NOTHING))
 
 
 def regmean(

@@ -175,7 +175,7 @@ class RedTeam(_Value):
     @classmethod
     def _fill_from_profile(cls, values: Any) -> Any:
         if isinstance(values, Mapping):
-            return {**PROFILES.get(values.get("profile", ""), {}), **values}
+            return {**PROFILES.get(str(values.get("profile", "")), {}), **values}
         return values
 
 

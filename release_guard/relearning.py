@@ -1,7 +1,6 @@
 """How far a short adaptation brings something back, and how far weights were moved."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import torch
 
 from release_guard.adaptation import Recipe, adapt
 from release_guard.data import Split
+from release_guard.merging import distance
 from release_guard.modalities import ModelHandle
 from release_guard.policy import Budget
 
@@ -59,13 +59,10 @@ class Relearning:
 
 def distances(base: ModelHandle, changed: ModelHandle) -> dict[str, float]:
     """Relative L2 distance of each group of layers that moved."""
-    before = dict(base.module.named_parameters())
-    moved: dict[str, float] = {}
-    size: dict[str, float] = {}
-    for name, parameter in changed.module.named_parameters():
+    before, after = dict(base.module.named_parameters()), dict(changed.module.named_parameters())
+    groups: dict[str, list[str]] = {}
+    for name in after:
         kind = "cross-attention" if ".attn2." in name else "attention"
-        group = kind if ".att" in name else "other layers"
-        difference = (parameter - before[name]).detach().double()
-        moved[group] = moved.get(group, 0.0) + difference.square().sum().item()
-        size[group] = size.get(group, 0.0) + before[name].detach().double().square().sum().item()
-    return {group: math.sqrt(moved[group] / size[group]) for group in moved if moved[group]}
+        groups.setdefault(kind if ".att" in name else "other layers", []).append(name)
+    found = {group: distance(after, before, names) for group, names in groups.items()}
+    return {group: far for group, far in found.items() if far}

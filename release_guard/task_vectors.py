@@ -1,6 +1,5 @@
 """What fine-tuning changed, seen from the public base: where it lies and what it merges to."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +19,6 @@ Importance = Literal["tau", "taylor", "theta"]
 Masked = Literal["base", "zero"]
 
 _SHARES = 0.3, 0.6  # of the way from the base, at which merges are looked at
-_TINY = 1e-30
 
 
 def public_base(model: ModelHandle, policy: Policy) -> ModelHandle:
@@ -66,18 +64,6 @@ def by_family(model: ModelHandle) -> dict[str, list[str]]:
 def matrix_names(model: ModelHandle) -> list[str]:
     """All of them."""
     return [name for names in by_family(model).values() for name in names]
-
-
-def distance(state: State, anchor: State, names: Sequence[str]) -> float:
-    """Norm of what was changed in some weights, relative to the base's."""
-    moved, known = (
-        math.fsum(part.double().square().sum().item() for part in parts)
-        for parts in (
-            [state[name] - anchor[name] for name in names],
-            [anchor[name] for name in names],
-        )
-    )
-    return math.sqrt(moved / (known + _TINY))
 
 
 def cosine(one: State, other: State, anchor: State, names: Sequence[str]) -> float:

@@ -4,10 +4,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from release_guard.errors import ImmunizationError
 from release_guard.evidence import Cost
 from release_guard.immunization import Pace, Training
 from release_guard.modalities import ModelHandle
@@ -40,9 +41,22 @@ class Stage(Plugin):
     paper: ClassVar[str]
     modalities: ClassVar[tuple[str, ...]] = ()
     """Kinds of models that it works on; none named: all."""
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """By name: the options that a variant sets where they are not given."""
+    variant_option: ClassVar[str] = "variant"
+    """The option that names one."""
     shardable: ClassVar[bool] = False
     """Whether it works on models that lie in parts in several processes: batches reach the network
     only through the handle's `logits`, `features` and `loss`, gradients come by `backward`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_variant(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and cls.variants:
+            usual = cls.model_fields[cls.variant_option].default
+            chosen = values.get(cls.variant_option, usual)
+            return {**cls.variants.get(str(chosen), {}), **values}  # str: it may be anything yet
+        return values
 
     @abstractmethod
     def immunize(self, model: ModelHandle, policy: Policy, workspace: Workspace) -> ModelHandle:
@@ -122,6 +136,18 @@ class TrainedStage(Stage):
         )
         training = self.training(model, policy, workspace)
         return training.complete(pace, workspace.directory, workspace.progress, workspace.spend)
+
+
+def need_concepts(stage: Stage, policy: Policy) -> None:
+    """Refuse a policy that gives a stage nothing to do.
+
+    Raises:
+        ImmunizationError: It names no concept.
+    """
+    if not policy.concepts:
+        raise ImmunizationError(
+            f"{stage.name}: the policy names no concept; add one, or leave it out"
+        )
 
 
 def misplaced(policy: Policy) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from release_guard import pruning
 from release_guard.distillation import Levels
@@ -17,7 +17,7 @@ from release_guard.errors import ImmunizationError
 from release_guard.immunization import Training, update
 from release_guard.modalities import Batch, Modality, ModelHandle, Painter, evaluating
 from release_guard.policy import Policy
-from release_guard.stages import TrainedStage, Workspace
+from release_guard.stages import TrainedStage, Workspace, need_concepts
 
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     # Lower steps, then one on both levels: arXiv 2412.15341, algorithm 1.
@@ -59,6 +59,7 @@ class ConceptSuppression(TrainedStage):
 
     paper = "https://arxiv.org/abs/2412.15341"
     modalities = ("text_to_image",)
+    variants = _VARIANTS
 
     variant: Literal["paper", "code", "joint"] = "joint"
     """Sets every option that is not given."""
@@ -106,22 +107,12 @@ class ConceptSuppression(TrainedStage):
     probed: int = Field(64, ge=1)
     """Examples scored at a look, at most; with a judge each of them is painted."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_variant(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            return {**_VARIANTS.get(values.get("variant", "joint"), {}), **values}
-        return values
-
     @property
     def steps(self) -> int:
         return self.total_steps
 
     def check(self, model: ModelHandle, policy: Policy) -> None:
-        if not policy.concepts:
-            raise ImmunizationError(
-                "concept_suppression: the policy names no concept; add one, or leave it out"
-            )
+        need_concepts(self, policy)
         student, teacher = _painter(model), self._teacher(model, policy)
         unets: list[Any] = [student.unet, teacher.unet]
         if unets[0].config.block_out_channels != unets[1].config.block_out_channels:

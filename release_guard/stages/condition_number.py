@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from release_guard.adaptation import select
@@ -36,7 +36,7 @@ from release_guard.immunization import Training, update
 from release_guard.modalities import Batch, ModelHandle, evaluating
 from release_guard.policy import Concept, Policy
 from release_guard.probing import ProbeTask
-from release_guard.stages import TrainedStage, Workspace
+from release_guard.stages import TrainedStage, Workspace, need_concepts
 
 Weight = Literal["balance"] | float
 
@@ -74,6 +74,7 @@ class ConditionNumber(TrainedStage):
 
     paper = "https://arxiv.org/abs/2505.23760"
     modalities = ("image_classification", "causal_lm")
+    variants = _VARIANTS
 
     variant: Literal["paper", "hardened"] = "hardened"
     """Sets every option that is not given."""
@@ -111,22 +112,12 @@ class ConditionNumber(TrainedStage):
     room: float = Field(0.7, gt=0, le=1)
     """A half counts as failing there from (ii) > room and from (i) < 1 / room on."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_variant(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            return {**_VARIANTS.get(values.get("variant", "hardened"), {}), **values}
-        return values
-
     @property
     def steps(self) -> int:
         return 1 if self._is_closed_form else self.updates
 
     def check(self, model: ModelHandle, policy: Policy) -> None:
-        if not policy.concepts:
-            raise ImmunizationError(
-                "condition_number: the policy names no concept; add one, or leave it out"
-            )
+        need_concepts(self, policy)
         if self.extractor == "deep":
             select(model.copy(), "last_k", last_k=self.last_k)
         for dataset, split in _domains(policy):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from release_guard.adaptation import Randomness
@@ -30,6 +30,7 @@ from release_guard.gauging import (
 )
 from release_guard.immunization import Training, update
 from release_guard.ingredients import head_names
+from release_guard.merging import distance
 from release_guard.modalities import Batch, ModelHandle
 from release_guard.policy import MergeTarget, Policy
 from release_guard.quantization import at
@@ -40,7 +41,6 @@ from release_guard.task_vectors import (
     Taken,
     by_family,
     cosine,
-    distance,
     matrix_names,
     merged_loss,
     merged_names,
@@ -96,6 +96,8 @@ class MergeGuard(TrainedStage):
 
     paper = "https://arxiv.org/abs/2511.11851"
     modalities = ("image_classification", "causal_lm")
+    variants = _PRESETS
+    variant_option = "preset"
 
     preset: Preset = "hardened"
     """Sets every option that is not given. mergeguard: as published. params, mergelock, trap2, arf:
@@ -141,13 +143,6 @@ class MergeGuard(TrainedStage):
     4 at most."""
     farthest: bool
     """Neurons are ordered to lie far from the base's (PaRaMS), not at random."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            return {**_PRESETS.get(values.get("preset", "hardened"), {}), **values}
-        return values
 
     @property
     def steps(self) -> int:

@@ -38,7 +38,7 @@ from release_guard.operators import (
 from release_guard.policy import Policy
 from release_guard.prompt_rows import Prompts
 from release_guard.relearning import Relearning, distances
-from release_guard.stages import TrainedStage, Workspace
+from release_guard.stages import TrainedStage, Workspace, need_concepts
 
 Rate = Annotated[float, Field(gt=0)]
 OperatorName = Literal["full", "cross_kv", "lora", "words"]
@@ -85,6 +85,7 @@ class Mima(TrainedStage):
 
     paper = "https://arxiv.org/abs/2412.15320"
     modalities = ("text_to_image", "image_classification", "causal_lm")
+    variants = _VARIANTS
 
     variant: Literal["paper", "code", "imma", "hardened"] = "paper"
     """Sets every option that is not given."""
@@ -149,13 +150,6 @@ class Mima(TrainedStage):
     measured_batch: int = Field(8, ge=1)
     """Its examples a step."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_variant(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            return {**_VARIANTS.get(values.get("variant", "paper"), {}), **values}
-        return values
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.twice and (self.form == "carried" or self.persist_lower):
@@ -174,8 +168,7 @@ class Mima(TrainedStage):
         return self.order > 1
 
     def check(self, model: ModelHandle, policy: Policy) -> None:
-        if not policy.concepts:
-            raise ImmunizationError("mima: the policy names no concept; add one, or leave it out")
+        need_concepts(self, policy)
         try:
             _Levels.of(self, model)
             for concept in policy.concepts:

@@ -15,16 +15,17 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from release_guard.adaptation import Randomness
 from release_guard.errors import ImmunizationError
 from release_guard.immunization import Training, divided, update
+from release_guard.merging import distance
 from release_guard.modalities import Batch, ModelHandle, Painter, evaluating
 from release_guard.policy import Policy
 from release_guard.simulation import Attacker, Drawn, Habits, has_own_head
-from release_guard.stages import TrainedStage, Workspace
+from release_guard.stages import TrainedStage, Workspace, need_concepts
 from release_guard.suppression import probes_explain, suppression
 
 Range = tuple[float, float]
@@ -103,7 +104,6 @@ _TEMPERATURE = 2.0  # of the distillation
 _MOST_PROBED = 1_000  # classes; beyond, as in a vocabulary, a ridge probe makes no sense
 _TRIAL = Drawn(adam=True, lr=1e-3, new_head=True, life=16)
 """The attacker whose progress says how large the effect is."""
-_NOTHING = 1e-12  # squared norm of a part that is all zero
 _MEASURED = 256  # examples that the measures are taken on, at most
 
 
@@ -112,6 +112,7 @@ class Sophon(TrainedStage):
 
     paper = "https://arxiv.org/abs/2404.12699"
     modalities = ("image_classification", "causal_lm", "text_to_image")
+    variants = _VARIANTS
     shardable = True
 
     variant: Literal["paper", "hardened"] = "hardened"
@@ -177,20 +178,12 @@ class Sophon(TrainedStage):
     tail_lr: float = Field(1e-3, gt=0)
     """Their learning rate, which falls linearly to zero."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_variant(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            return {**_VARIANTS.get(values.get("variant", "hardened"), {}), **values}
-        return values
-
     @property
     def steps(self) -> int:
         return self.outer_steps + self.tail_steps
 
     def check(self, model: ModelHandle, policy: Policy) -> None:
-        if not policy.concepts:
-            raise ImmunizationError("sophon: the policy names no concept; add one, or leave it out")
+        need_concepts(self, policy)
         unfit = _OF_LABELS if isinstance(model, Painter) else ("dos",)
         weights = self.weights(policy)
         if wrong := [name for name in unfit if weights.get(name)]:
@@ -278,14 +271,7 @@ def _moved(base: ModelHandle, immunized: ModelHandle) -> Mapping[str, float]:
         for part, layer in {**layers, "head": base.head}.items()
     }
     parts["the rest"] = list(names.values())
-    return {
-        part: math.sqrt(
-            sum((after[name] - before[name]).square().sum().item() for name in some)
-            / max(sum(before[name].square().sum().item() for name in some), _NOTHING)
-        )
-        for part, some in parts.items()
-        if some
-    }
+    return {part: distance(after, before, some) for part, some in parts.items() if some}
 
 
 class _Simulation(Training):

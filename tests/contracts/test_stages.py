@@ -10,6 +10,7 @@ import pytest
 import torch
 from workspaces import quiet
 
+from release_guard.errors import PolicyError
 from release_guard.modalities import Modality, ModelHandle
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
@@ -107,3 +108,12 @@ def test_a_stage_has_no_effect_yet_on_its_input(name: str, ground: Ground) -> No
     stage = quick(name)
     policy, model = ground(stage)
     assert stage.effect(model, model, policy) == 0
+
+
+@pytest.mark.parametrize("name", Stage.available())
+@pytest.mark.parametrize("option", ["variant", "preset"])
+def test_a_variant_that_is_no_name_is_told_in_a_line(name: str, option: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        Stage.build(Spec(name=name, **{option: []}))
+    assert "\n" not in str(caught.value)
+    assert option in str(caught.value)

@@ -1,7 +1,6 @@
 """The laws of both levels' losses and steps, and that the stage suppresses on a pico pipeline."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ import pico
 import pytest
 import torch
 from torch import Tensor
-from workspaces import quiet
+from workspaces import quiet, resumed_after_a_kill
 
 from release_guard import pruning
 from release_guard.distillation import Levels, away, pull
@@ -342,21 +341,10 @@ def test_a_killed_stage_resumes_to_the_very_same_weights(
     chosen = stage(**options, inner=1)
     whole = chosen.immunize(model, policy, quiet(tmp_path / "whole")).state()
 
-    class Killed(Exception):  # noqa: N818
-        pass
-
-    def kill(done: int, steps: int, line: str) -> None:
-        if done == 3:
-            raise Killed
-
-    workspace = quiet(tmp_path / "cut")
-    with pytest.raises(Killed):
-        chosen.immunize(model, policy, replace(workspace, progress=kill))
-    steps: list[int] = []
-    workspace = replace(workspace, progress=lambda done, steps_, line: steps.append(done))
-    resumed = chosen.immunize(model, policy, workspace).state()
+    resumed, steps = resumed_after_a_kill(chosen, model, policy, quiet(tmp_path / "cut"), at=3)
     assert steps == [3, 4]
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    again = resumed.state()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_what_cannot_work_is_said_before_training(

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
-from workspaces import quiet
+from workspaces import quiet, resumed_after_a_kill
 
 from release_guard.conditioning import gram, well, well_gradient
 from release_guard.errors import ImmunizationError, PolicyError
@@ -168,18 +167,10 @@ def test_a_killed_immunization_resumes_to_the_very_same_weights(
     stage = build(variant="paper", updates=4, lr=1e-2, keep_every=2, probe_every=2)
     whole = stage.immunize(model, policy, quiet(tmp_path / "whole")).state()
 
-    class Killed(Exception):  # noqa: N818
-        pass
-
-    def kill(done: int, steps: int, line: str) -> None:
-        if done == 3:
-            raise Killed
-
-    workspace = quiet(tmp_path / "cut")
-    with pytest.raises(Killed):
-        stage.immunize(model, policy, replace(workspace, progress=kill))
-    resumed = stage.immunize(model, policy, workspace).state()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    resumed, steps = resumed_after_a_kill(stage, model, policy, quiet(tmp_path / "cut"), at=3)
+    assert steps == [3, 4]
+    again = resumed.state()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_with_one_label_only_no_probe_is_foretold_and_nothing_fails(
@@ -300,17 +291,12 @@ def test_a_folded_run_that_was_killed_resumes_to_the_very_same_weights(
 ) -> None:
     model = projected()
     options = {"variant": "paper", "extractor": "linear", "batch": 100, "keep_every": 2}
-    whole = build(updates=4, **options).immunize(model, texts, quiet(tmp_path / "whole")).state()
-
-    def kill(done: int, steps: int, line: str) -> None:
-        if done == 3:
-            raise InterruptedError
-
-    workspace = quiet(tmp_path / "cut")
-    with pytest.raises(InterruptedError):
-        build(updates=4, **options).immunize(model, texts, replace(workspace, progress=kill))
-    resumed = build(updates=4, **options).immunize(model, texts, workspace).state()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    stage = build(updates=4, **options)
+    whole = stage.immunize(model, texts, quiet(tmp_path / "whole")).state()
+    resumed, steps = resumed_after_a_kill(stage, model, texts, quiet(tmp_path / "cut"), at=3)
+    assert steps == [3, 4]
+    again = resumed.state()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_a_head_tied_to_the_embedding_takes_no_map(

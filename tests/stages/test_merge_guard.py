@@ -12,7 +12,7 @@ import pico
 import pytest
 import torch
 from torch import Tensor
-from workspaces import quiet
+from workspaces import quiet, resumed_after_a_kill
 
 from release_guard.errors import ImmunizationError, IntegrityError
 from release_guard.gauge import Key
@@ -247,21 +247,11 @@ def test_a_killed_run_resumes_to_the_very_same_weights(
     workspace = quiet(tmp_path / "whole")
     whole = stage.immunize(undefended, policy, workspace).state()
 
-    class Killed(Exception):  # noqa: N818
-        pass
-
-    def kill(done: int, steps: int, line: str) -> None:
-        if done == 3:
-            raise Killed
-
     cut = replace(quiet(tmp_path / "cut"), private=workspace.private)
-    with pytest.raises(Killed):
-        stage.immunize(undefended, policy, replace(cut, progress=kill))
-    steps = []
-    again = replace(cut, progress=lambda done, steps_, line: steps.append(done))
-    resumed = stage.immunize(undefended, policy, again).state()
+    resumed, steps = resumed_after_a_kill(stage, undefended, policy, cut, at=3)
     assert steps == [3, 4]
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    again = resumed.state()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_the_gauge_follows_from_no_published_seed(

@@ -1,14 +1,13 @@
 """The stage on pico models: both levels, what it refuses, and that a kill changes nothing."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pico
 import pytest
 import torch
-from workspaces import quiet
+from workspaces import quiet, resumed_after_a_kill
 
 from release_guard.errors import ImmunizationError
 from release_guard.modalities import Modality, ModelHandle, Painter
@@ -113,19 +112,7 @@ def test_a_killed_immunization_resumes_to_the_very_same_weights(
     built = stage(**options)
     whole = built.immunize(model, policy, quiet(tmp_path / "whole"))
 
-    class Killed(Exception):  # noqa: N818
-        pass
-
-    def kill(done: int, steps: int, line: str) -> None:
-        if done == 3:
-            raise Killed
-
-    workspace = quiet(tmp_path / "cut")
-    with pytest.raises(Killed):
-        built.immunize(model, policy, replace(workspace, progress=kill))
-    steps = []
-    workspace = replace(workspace, progress=lambda done, steps_, line: steps.append(done))
-    resumed = built.immunize(model, policy, workspace)
+    resumed, steps = resumed_after_a_kill(built, model, policy, quiet(tmp_path / "cut"), at=3)
     assert steps == [3, 4]
     assert not moved(whole, resumed)
 

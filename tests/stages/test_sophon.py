@@ -7,7 +7,7 @@ import pico
 import pytest
 import torch
 from torch import nn
-from workspaces import quiet
+from workspaces import quiet, resumed_after_a_kill
 
 from release_guard.errors import ImmunizationError
 from release_guard.evidence import Cost
@@ -96,21 +96,10 @@ def test_a_killed_immunization_resumes_to_the_very_same_weights(
     stage = Stage.build(Spec(name="sophon", **SMALL))
     whole = stage.immunize(model, policy, quiet(tmp_path / "whole")).state()
 
-    class Killed(Exception):  # noqa: N818
-        pass
-
-    def kill(done: int, steps: int, line: str) -> None:
-        if done == 5:
-            raise Killed
-
-    workspace = quiet(tmp_path / "cut")
-    with pytest.raises(Killed):
-        stage.immunize(model, policy, replace(workspace, progress=kill))
-    steps = []
-    workspace = replace(workspace, progress=lambda done, steps_, line: steps.append(done))
-    resumed = stage.immunize(model, policy, workspace).state()
+    resumed, steps = resumed_after_a_kill(stage, model, policy, quiet(tmp_path / "cut"), at=5)
     assert steps == [5, 6]
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    again = resumed.state()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -135,6 +135,7 @@ def test_all_problems_at_once_one_line_each(tmp_path: Path) -> None:
         ("ceiling = 0.5", "ceiling = 1.5", "less than 1"),
         ('{ name = "lora", rank = 8 }', '{ name = "linear_probe" }', "is listed twice"),
         ('profile = "smoke"', 'profile = "smoky"', "'smoke', 'quick', 'standard' or 'strong'"),
+        ('profile = "smoke"', "profile = []", "'smoke', 'quick', 'standard' or 'strong'"),
         ("[gate]", '[[concepts]]\nname = "footwear"\ndataset = "x"\nceiling = 0.5\n[gate]', "two"),
         ("seed = 7", "seed = 7\nseed = 8", "not TOML"),
     ],
