@@ -17,16 +17,17 @@ from release_guard.release import Result
 
 SOPHON = {
     "name": "sophon",
-    "outer_steps": 100,
-    "tail_steps": 20,
-    "alpha": 4e-3,
+    "outer_steps": 60,
+    "tail_steps": 0,
+    "ntr_steps": 1,
+    "alpha": 1e-2,
     "horizon": [5, 20],
     "batch": 32,
     "renew_share": 0.0,
     "probe_every": 20,
     "probed": 200,
 }
-MERGE_GUARD = {"name": "merge_guard", "train_steps": 30, "batch": 32}
+MERGE_GUARD = {"name": "merge_guard", "train_steps": 2, "lr": 1e-5, "batch": 32}
 SUPPRESSION = {
     "name": "concept_suppression",
     "total_steps": 60,
@@ -44,7 +45,7 @@ MIMA = {
     "prior_batch": 8,
     "captions": 40,
     "lower_lr": [0.05, 0.05],
-    "upper_lr": 1e-2,
+    "upper_lr": 1e-3,
     "measured_steps": 5,
     "probe_every": 5,
     "probed": 50,
@@ -58,9 +59,11 @@ def immunized(source: Path, policy: Path, folder: Path) -> Immunized:
 
 @pytest.fixture
 def merged(tmp_path: Path, image_data: Path, classifier: ModelHandle) -> Mapping[str, Any]:
-    """What a policy says of the task that merges must lose; base and donor know nothing."""
-    for number, name in enumerate(("base", "donor"), start=1):
-        classifier.fresh(seed=number).save(tmp_path / name)
+    """What a policy says of the task that merges must lose; the base knows it all but as well."""
+    base = classifier.copy()
+    base.load_state({name: value * 0.999 for name, value in base.state().items()})
+    base.save(tmp_path / "base")
+    classifier.fresh(seed=1).save(tmp_path / "donor")
     return {
         "name": "task",
         "dataset": str(image_data / "retained.parquet"),
@@ -75,7 +78,7 @@ def merged(tmp_path: Path, image_data: Path, classifier: ModelHandle) -> Mapping
     ("options", "result"),
     [
         ({"start": "undefended"}, Result.PASS),
-        ({"start": "base", "lr": 3e-3, "train_steps": 60}, Result.FAIL),
+        ({"start": "base"}, Result.FAIL),
     ],
     ids=["kept", "undone"],
 )
@@ -118,7 +121,11 @@ def test_mima_keeps_what_concept_suppression_did(
         stages=[SUPPRESSION, MIMA],
     )
     done = immunized(pipeline_folder, policy, tmp_path)
-    assert [check.result for check in done.checks] == [Result.PASS, Result.PASS], done.checks
     before, after = (effect.value or 0 for effect in done.stages[0].effects)
     assert 0.5 * before < after
     assert before > 0.2
+    assert done.checks[0].result is Result.PASS, done.checks
+    assert [check.name for check in done.checks] == [
+        "stages/0-concept_suppression",
+        "stages/1-mima",
+    ]
