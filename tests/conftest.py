@@ -14,6 +14,10 @@ os.environ.update(
     OMP_WAIT_POLICY="PASSIVE",
     GOMP_SPINCOUNT="0",
     TOKENIZERS_PARALLELISM="false",
+    # The same arithmetic on every x86 machine: what pico models learn differs with its rounding.
+    ATEN_CPU_CAPABILITY="avx2",
+    ONEDNN_MAX_CPU_ISA="AVX2",
+    MKL_CBWR="COMPATIBLE",
 )  # before anything imports torch or huggingface_hub: they read it once
 
 from collections.abc import Iterator  # noqa: E402
