@@ -55,7 +55,8 @@ class Stage(Plugin):
         if isinstance(values, Mapping) and cls.variants:
             usual = cls.model_fields[cls.variant_option].default
             chosen = values.get(cls.variant_option, usual)
-            return {**cls.variants.get(str(chosen), {}), **values}  # str: it may be anything yet
+            # It may be anything yet; if no variant's name, that alone is complained of.
+            return {**cls.variants.get(str(chosen), cls.variants[usual]), **values}
         return values
 
     @abstractmethod
