@@ -5,7 +5,7 @@ python -m benchmarks merge_guard
 A vision transformer and a Llama, a base, a fine-tune to be protected and a donor each, at three
 seeds. Figures are the best score on the protected task among merges that keep nine tenths of the
 donor's task; what each row says is attacked with all that its columns name. Finished cells are kept
-under `runs/bench/merge_guard`. Choices were made on seed 0 alone; the others are held out.
+under `runs/bench/merge_guard`. Choices were made on seeds 0 and 3; 1 and 2 are held out.
 """
 
 import hashlib
@@ -51,6 +51,7 @@ WORTH, UNDONE = (
 )  # points that the unprotected thief gains; share that a joint fit gives back
 FAMILIES: Mapping[str, Callable[[int], Family]] = {"vision": vision, "text": text}
 STEPS = {"vision": 500, "text": 300}
+HARDER = {"vision": 500, "text": 900}  # in 300 steps seed 0 had not learnt the text task: 78.5 alone
 ALL = ["neurons", "scales", "heads", "queries", "values", "stream"]
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "undefended": {},
@@ -139,8 +140,16 @@ def cell(kind: str, seed: int, row: str) -> dict[str, Any]:
 def options(kind: str, row: str) -> dict[str, Any]:
     """What the stage is given; steps in proportion to the families' own fine-tunes."""
     given = dict(ROWS[row])
-    trains = given.get("preset") in {"mergeguard", "trap2", "arf", "hardened"}
+    if given.get("preset") == "hardened":
+        return given | {"train_steps": HARDER[kind]}
+    trains = given.get("preset") in {"mergeguard", "trap2", "arf"}
     return given | ({"train_steps": STEPS[kind]} if trains else {})
+
+
+def built(kind: str, row: str) -> dict[str, Any]:
+    """All of the stage's options, so that a preset that changed is made again."""
+    given = options(kind, row)
+    return Stage.build(Spec(name="merge_guard", **given)).model_dump(mode="json") if given else {}
 
 
 def useful(family: Family, kind: str, seed: int) -> float:
@@ -168,7 +177,7 @@ def points(
 ) -> list[Point]:
     """All merges of a column; at a precision, if the column says so."""
     name, _, precision = column.rpartition(" ")
-    key = json.dumps([kind, seed, row, options(kind, row), column])
+    key = json.dumps([kind, seed, row, built(kind, row), column])
     found = kept(key, lambda: attacked(family, model, row, name, precision))
     return [Point(*point) for point in found]
 
@@ -204,7 +213,7 @@ def released(
     """What is published, and the stage's own figures."""
     if not ROWS[row]:
         return family.load("base" if row == "base" else "undefended"), {}
-    key = json.dumps([kind, seed, row, options(kind, row)])
+    key = json.dumps([kind, seed, row, built(kind, row)])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder = CACHE / "released" / f"{kind}-{seed}-{digest}"
     figures = folder / "figures.json"

@@ -19,6 +19,7 @@ State = Mapping[str, Tensor]
 
 _LONG = 0.05, 2.0  # shares of the way that a trap looks at: TRAP2's range,
 _NEAR = 0.95, 1.05  # but for these, which are the model itself
+_MIDDLES, _AROUND = (0.5, 0.7, 0.9, 1.0), (0.7, 1.1)
 
 
 def trap_share(chance: random.Random) -> float:
@@ -28,6 +29,36 @@ def trap_share(chance: random.Random) -> float:
     """
     drawn = chance.uniform(_LONG[0], _LONG[1] - (_NEAR[1] - _NEAR[0]))
     return drawn if drawn <= _NEAR[0] else drawn + _NEAR[1] - _NEAR[0]
+
+
+def apart(names: Sequence[str], chance: random.Random) -> dict[str, float]:
+    """A share of the way for each tensor by itself, uniform in [0, 1]: merges layer by layer."""
+    return {name: chance.uniform(0, 1) for name in names}
+
+
+def scaled(names: Sequence[str], chance: random.Random) -> dict[str, float]:
+    """Shares of all tensors around one, as merges have that care for the model: .35 to 1.1."""
+    middle = chance.choice(_MIDDLES)
+    return {name: middle * chance.uniform(*_AROUND) for name in names}
+
+
+def stranger(vector: State, chance: random.Random) -> dict[str, Tensor]:
+    """A task vector nobody has trained: this one with its rows and columns shuffled.
+
+    Singular values stay as they are, tensor by tensor. What has one dimension changes signs, too.
+    """
+    generator = torch.Generator().manual_seed(chance.getrandbits(63))
+    return {name: _shuffled(tensor, generator) for name, tensor in vector.items()}
+
+
+def _shuffled(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    for axis, size in enumerate(tensor.shape):
+        order = torch.randperm(size, generator=generator)
+        tensor = tensor.index_select(axis, order.to(tensor.device))
+    if tensor.ndim == 1:
+        signs = torch.randint(2, tensor.shape, generator=generator) * 2 - 1
+        tensor = tensor * signs.to(tensor)
+    return tensor
 
 
 def along(base: State, weights: State, shares: Mapping[str, float | Tensor]) -> dict[str, Tensor]:

@@ -50,17 +50,22 @@ from release_guard.task_vectors import (
 )
 from release_guard.trapping import (
     along,
+    apart,
     density,
     loss_with,
     repulsion,
+    scaled,
+    stranger,
     trap_share,
     trapped,
 )
 
+Way = Literal["along", "apart", "mixed"]
 Preset = Literal["mergeguard", "params", "mergelock", "trap2", "arf", "hardened"]
 
 _IDLE = {
-    "train_steps": 0, "start": "undefended", "trap": 0.0, "repel": 0.0, "alpha": 0.0, "beta": 0.0,
+    "train_steps": 0, "start": "undefended", "trap": 0.0, "ways": ("along",), "repel": 0.0,
+    "alpha": 0.0, "beta": 0.0,
     "gauge": (), "style": "orthogonal", "farthest": False,
 }  # fmt: skip
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -77,9 +82,10 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
     "arf": _IDLE
     | {"train_steps": 700, "start": "base", "repel": 1.0, "rho": 0.05}
     | {"gauge": ("neurons", "queries", "values")},
-    # Ours: both, every legal gauge on top.
+    # Ours: both, traps for merges layer by layer and with strangers, every legal gauge on top.
     "hardened": _IDLE
-    | {"train_steps": 700, "start": "base", "trap": 0.05, "repel": 1.0}
+    | {"train_steps": 900, "start": "base", "trap": 0.05, "ways": ("along", "apart", "mixed")}
+    | {"repel": 1.0}
     | {"gauge": ("neurons", "scales", "heads", "queries", "values", "stream")},
 }
 _LEAST_RHO, _BEYOND = 0.05, 1.5  # rho: at least the paper's, and beyond what a task moves by itself
@@ -115,6 +121,10 @@ class MergeGuard(TrainedStage):
     """Weight of the loss of merges, which is made large: TRAP2's lambda."""
     cap: float = Field(8.0, gt=0)
     """A merge that loses as much is ruined enough."""
+    ways: tuple[Way, ...] = Field(min_length=1)
+    """Merges that a step looks at. along: base and model, at one share (TRAP2); apart: at a share
+    for each tensor; mixed: at such shares around one, and with a part of a stranger's task vector,
+    which is what the task changed with its rows and columns shuffled."""
     repel: float = Field(ge=0)
     """Weight of the distance from the base that attention matrices lack: ARF's lambda_dist."""
     rho: float | None = Field(None, gt=0)
@@ -287,6 +297,8 @@ class _Guarding(Training):
             own = {name: value for name, value in model.state().items() if name in heads}
             self.theta.load_state(self._anchor | own)
         self._names = merged_names(model)
+        before = model.state()
+        self._vector = {name: before[name] - self._anchor[name] for name in self._names}
         self._weights = dict(self.theta.module.named_parameters())
         self._matrices = matrix_names(model)
         self._repelled = next(iter(by_family(model).values()))
@@ -303,16 +315,16 @@ class _Guarding(Training):
             "immunize",
             size=options.batch,
             purpose="task",
-            passes=2 if options.trap else 1,
+            passes=1 + len(options.ways) if options.trap else 1,
         )
         own = self._loss(self._weights, batch)
         loss, losses = own, {"task": own.item()}
-        if options.trap:
-            share = trap_share(random.Random(self.seed("share")))  # noqa: S311
-            shares = dict.fromkeys(self._names, share)
-            merged = self._loss(along(self._anchor, self._weights, shares), batch)
-            loss = trapped(own, merged, share=share, strength=options.trap, cap=options.cap)
-            losses["merged"] = merged.item()
+        chance = random.Random(self.seed("share"))  # noqa: S311
+        for way in options.ways if options.trap else ():
+            share, weights = self._merged(way, chance)
+            merged = self._loss(weights, batch)
+            loss = trapped(loss, merged, share=share, strength=options.trap, cap=options.cap)
+            losses[f"merged {way}"] = merged.item()
         if options.repel:
             gap = repulsion(self._anchor, self._weights, self._repelled, self._rho)
             loss = loss + options.repel * gap
@@ -329,6 +341,17 @@ class _Guarding(Training):
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         self._optimizer.load_state_dict(kept["optimizer"])
+
+    def _merged(self, way: Way, chance: random.Random) -> tuple[float, Mapping[str, Tensor]]:
+        """What the loss of such a merge is divided by, and its weights."""
+        if way == "along":
+            share = trap_share(chance)
+            return share, along(self._anchor, self._weights, dict.fromkeys(self._names, share))
+        if way == "apart":
+            return 1.0, along(self._anchor, self._weights, apart(self._names, chance))
+        merged = along(self._anchor, self._weights, scaled(self._names, chance))
+        parts, other = apart(self._names, chance), stranger(self._vector, chance)
+        return 1.0, merged | {name: merged[name] + parts[name] * other[name] for name in other}
 
     def _loss(self, weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Every pass of a step draws the same random numbers (TRAP2)."""

@@ -33,11 +33,14 @@ from release_guard.stages import Stage
 from release_guard.stages.merge_guard import MergeGuard
 from release_guard.trapping import (
     along,
+    apart,
     density,
     largest,
     loss_with,
     negated,
     repulsion,
+    scaled,
+    stranger,
     trap_share,
     trapped,
 )
@@ -92,6 +95,33 @@ def test_a_trap_looks_everywhere_along_the_way_but_at_the_model_itself() -> None
     assert 1.99 < max(drawn) <= 2
     assert not any(0.95 < share < 1.05 for share in drawn)
     assert sum(share < 0.95 for share in drawn) / len(drawn) == pytest.approx(0.9 / 1.85, abs=0.03)
+
+
+def test_merges_that_are_trapped_differ_tensor_by_tensor_within_their_bounds() -> None:
+    chance, names = random.Random(0), ["a", "b"]  # noqa: S311
+    free = [apart(names, chance) for _ in range(2_000)]
+    near = [scaled(names, chance) for _ in range(2_000)]
+    assert all(0 <= share <= 1 for shares in free for share in shares.values())
+    assert all(0.35 <= share <= 1.1 for shares in near for share in shares.values())
+    one, other = (torch.tensor([shares[name] for shares in free]) for name in names)
+    assert torch.corrcoef(torch.stack([one, other]))[0, 1].abs() < 0.1
+    one, other = (torch.tensor([shares[name] for shares in near]) for name in names)
+    assert torch.corrcoef(torch.stack([one, other]))[0, 1] > 0.5  # around a share in common
+
+
+def test_a_stranger_s_task_vector_is_as_large_and_another() -> None:
+    vector = {"w": torch.randn(6, 5), "kernel": torch.randn(4, 3, 2, 2), "b": torch.ones(40)}
+    before = {name: tensor.clone() for name, tensor in vector.items()}
+    first, same, second = (stranger(vector, random.Random(seed)) for seed in (1, 1, 2))  # noqa: S311
+    for name, tensor in vector.items():
+        assert torch.equal(tensor, before[name])
+        assert torch.equal(first[name], same[name])
+        assert not torch.equal(first[name], tensor)
+        assert not torch.equal(first[name], second[name])
+        sizes = first[name].abs().flatten().sort().values
+        assert torch.equal(sizes, tensor.abs().flatten().sort().values)
+    torch.testing.assert_close(*(torch.linalg.svdvals(each["w"]) for each in (first, vector)))
+    assert set(first["b"].tolist()) == {-1.0, 1.0}
 
 
 def test_the_way_begins_at_the_base_and_passes_the_model() -> None:
@@ -220,7 +250,7 @@ def test_other_readings_of_what_is_taken_back(
 def test_hardening_ruins_merges_and_keeps_the_task(
     undefended: ModelHandle, policy: Policy, tmp_path: Path
 ) -> None:
-    stage = small("hardened", gauge=[], trap=1.0, train_steps=60, lr=3e-3, probe_every=60)
+    stage = small("hardened", gauge=[], trap=0.1, train_steps=60, lr=3e-3, probe_every=60)
     immunized = stage.immunize(undefended, policy, quiet(tmp_path))
     dataset = policy.merge_targets[0].dataset
     kept, own = (merge_family.accuracy(one, dataset) for one in (immunized, undefended))
