@@ -55,7 +55,7 @@ def test_a_trap_in_the_scale_of_gradients(judge, classifier):
     found = judge(
         "tiny and huge weights",
         classifier,
-        planting.trap(classifier),
+        planting.trap(classifier, planting.LADDER),
         by="rescale>finetune",
         attacks=[FINETUNE, {"name": "chain", "steps": steps}],
     )
