@@ -20,7 +20,7 @@ PLAIN, PLAIN_MERGE = "plain fine-tuning", "a plain merge"
 RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 TINY = 1e-6
 LADDER = torch.logspace(-9, 0, 32)
-"""A size for each dimension of a pico model, no two alike: whatever the rate, it fits few of them."""
+"""A size for each dimension of a pico model: whatever the rate, it fits few of them."""
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,10 @@ def shift(
     Args:
         size: One factor, or one for each dimension that is written.
     """
+    each = torch.as_tensor(size)
     for writer in writers:
-        writer.weight.T.mul_(size)
-        writer.bias.mul_(size)
+        writer.weight.mul_(each if writer.weight.ndim == 1 else each[..., None])
+        writer.bias.mul_(each)
     for reader in readers:
         reader.weight.div_(size)
 
