@@ -354,17 +354,17 @@ def test_whoever_rounds_pays_for_a_general_gauge_and_hardly_for_an_orthogonal_on
         gauges = (gauge_for(undefended, key, ("queries", "values"), style) for key in keys)
         return statistics.mean(rounding_error(gauged(undefended, one), precision) for one in gauges)
 
-    bound = 1.15 * rounding_error(undefended, precision)
+    bound = 1.18 * rounding_error(undefended, precision)
     assert mean_error("orthogonal") < bound < mean_error("general")
 
 
 def rounding_error(model: ModelHandle, precision: Precision) -> float:
-    """Of what attention computes from weights alone, which no gauge changes; relative.
+    """Of what attention computes from weights alone, which no gauge changes; mean, relative.
 
     The error of logits is one draw from few directions, and differs by factors from key to key.
     """
     exact, rounded = (products(one) for one in (model, at(model, precision)))
-    return float((exact - rounded).norm() / exact.norm())
+    return float(((exact - rounded).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))).mean())
 
 
 def products(model: ModelHandle) -> Tensor:
