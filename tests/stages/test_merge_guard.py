@@ -215,22 +215,26 @@ def test_other_readings_of_what_is_taken_back(
     assert any(not torch.equal(value, other_state[name]) for name, value in usual.state().items())
 
 
-def test_a_layer_that_no_task_moved_is_critical_only_if_nothing_takes_its_place(
-    undefended: ModelHandle, base: ModelHandle, policy: Policy, tmp_path: Path
+def test_what_takes_a_layer_s_place_decides_whether_it_is_critical(
+    undefended: ModelHandle, image_data: Path, tmp_path: Path
 ) -> None:
-    """All are spared but the one that costs least: the base's in its place, that one costs none."""
-    model, state = undefended.copy(), undefended.state()
-    unmoved = next(name for name in state if name.endswith("fc1.weight"))
-    model.load_state(state | {unmoved: base.state()[unmoved]})
-    by_base, by_zero = (
-        small("mergeguard", train_steps=0, critical=0.93, masked_by=reading)
-        .immunize(model, policy, quiet(tmp_path))
+    """The last queries: worse than none if they are noise, and else what the model needs least."""
+    own = undefended.state()
+    *_, name = (name for name in own if name.endswith("q_proj.weight"))
+    noise = 3 * torch.randn(own[name].shape, generator=torch.Generator().manual_seed(0))
+    base = undefended.copy()
+    base.load_state(own | {name: noise})
+    base.save(tmp_path / "base")
+    policy = Policy.load(merging_policy(tmp_path, image_data, tmp_path / "base"))
+    one_of_twelve = {"train_steps": 0, "share": 1.0, "critical": 0.09}
+    by_base, by_none = (
+        small("mergeguard", **one_of_twelve, masked_by=reading)
+        .immunize(undefended, policy, quiet(tmp_path))
         .state()
         for reading in ("base", "zero")
     )
-    before = model.state()
-    assert all(torch.equal(value, by_base[name]) for name, value in before.items())
-    assert any(not torch.equal(value, by_zero[name]) for name, value in before.items())
+    assert all(torch.equal(value, by_base[other]) for other, value in own.items())
+    torch.testing.assert_close(by_none[name], noise)
 
 
 def test_hardening_ruins_merges_and_keeps_the_task(
