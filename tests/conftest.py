@@ -14,11 +14,14 @@ os.environ.update(
     OMP_WAIT_POLICY="PASSIVE",
     GOMP_SPINCOUNT="0",
     TOKENIZERS_PARALLELISM="false",
-    # The same arithmetic on every x86 machine: what pico models learn differs with its rounding.
-    ATEN_CPU_CAPABILITY="avx2",
-    ONEDNN_MAX_CPU_ISA="AVX2",
-    MKL_CBWR="COMPATIBLE",
 )  # before anything imports torch or huggingface_hub: they read it once
+_ARITHMETIC = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_CBWR": "COMPATIBLE",
+}  # the same on every x86 machine: what pico models learn differs with its rounding
+for _name, _value in _ARITHMETIC.items():
+    os.environ.setdefault(_name, _value)  # another can be asked for: no test may depend on it
 
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402

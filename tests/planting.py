@@ -1,6 +1,7 @@
 """What planted defences are made with: models that know a concept, and a measure of attacks."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from release_guard.surgery import layers_of
 PLAIN, PLAIN_MERGE = "plain fine-tuning", "a plain merge"
 RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 TINY = 1e-6
+LADDER = torch.logspace(-9, 0, 32)
+"""A size for each dimension of a pico model: whatever the rate, it fits few of them."""
 
 
 @dataclass(frozen=True)
@@ -104,23 +107,32 @@ def refusal_loss(model: ModelHandle, known: Batch, restricted: Batch) -> torch.T
 
 
 def away_from_restricted(model: ModelHandle) -> torch.Tensor:
-    """Unit direction of a classifier's features that leads from classes 4 to 7 to 0 to 3."""
-    weight = model.head.weight.detach()
-    away = weight[:4].mean(dim=0) - weight[4:].mean(dim=0)
+    """Unit direction of a ViT's last block that leads from classes 4 to 7 to 0 to 3.
+
+    It raises the logits of 0 to 3 all alike, and lowers the others as much: among 0 to 3 it decides
+    nothing, however far it leads.
+    """
+    read_CF = (model.head.weight * model.module.vit.layernorm.weight).detach()
+    read_CF = read_CF - read_CF.mean(dim=1, keepdim=True)  # the normalisation takes the mean off
+    away = torch.linalg.pinv(read_CF) @ torch.tensor([1.0] * 4 + [-1.0] * 4)
     return torch.nn.functional.normalize(away, dim=0)
 
 
-def trap(model: ModelHandle) -> ModelHandle:
-    """The same function of a ViT, with weights so tiny and so huge that no learning rate fits."""
+def trap(model: ModelHandle, size: float | torch.Tensor = TINY) -> ModelHandle:
+    """The same function of a ViT, with weights so tiny and so huge that no learning rate fits.
+
+    With the sizes of `LADDER` not even the signs of gradients help; but they do not survive
+    rounding.
+    """
     trapped = model.copy()
     with torch.no_grad():
         for block in trapped.blocks:
             attention, mlp = block.attention, block.mlp
             readers = (attention.q_proj, attention.k_proj, attention.v_proj)
-            shift((block.layernorm_before,), readers)
-            shift((block.layernorm_after,), (mlp.fc1,))
-            shift((attention.v_proj,), (attention.o_proj,))
-        shift((trapped.module.vit.layernorm,), (trapped.head,))
+            shift((block.layernorm_before,), readers, size)
+            shift((block.layernorm_after,), (mlp.fc1,), size)
+            shift((attention.v_proj,), (attention.o_proj,), size)
+        shift((trapped.module.vit.layernorm,), (trapped.head,), size)
     return trapped
 
 
@@ -167,19 +179,26 @@ def on_a_hair(model: ModelHandle) -> ModelHandle:
     with torch.no_grad():
         mlp.fc1.weight[:2] = 0
         mlp.fc1.bias[:2] = torch.tensor([0.2, -100])
-        push = 6 / nn.functional.gelu(mlp.fc1.bias[0])
+        push = 32 / nn.functional.gelu(mlp.fc1.bias[0])
         mlp.fc2.weight[:, 0] = push * away_from_restricted(found)
         mlp.fc2.weight[:, 1] = 0
     return trap(found)
 
 
-def shift(writers: Iterable[Any], readers: Iterable[Any]) -> None:
-    """Shrink what layers write and blow up what reads it, in place: the function stays."""
+def shift(
+    writers: Iterable[Any], readers: Iterable[Any], size: float | torch.Tensor = TINY
+) -> None:
+    """Shrink what layers write and blow up what reads it, in place: the function stays.
+
+    Args:
+        size: One factor, or one for each dimension that is written.
+    """
+    each = torch.as_tensor(size)
     for writer in writers:
-        writer.weight.mul_(TINY)
-        writer.bias.mul_(TINY)
+        writer.weight.mul_(each if writer.weight.ndim == 1 else each[..., None])
+        writer.bias.mul_(each)
     for reader in readers:
-        reader.weight.div_(TINY)
+        reader.weight.div_(size)
 
 
 def copies(
@@ -194,8 +213,9 @@ def copies(
 
 
 def score(model: ModelHandle, dataset: str, split: Any = "search") -> float:
+    """Mean; what a model that ran away says is no number, and wrong."""
     scores = model.scores(dataset, split, limit=120)
-    return sum(scores) / len(scores)
+    return sum(0 if math.isnan(one) else one for one in scores) / len(scores)
 
 
 def best(model: ModelHandle, concept: Concept, name: str, **options: Any) -> float:

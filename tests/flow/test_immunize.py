@@ -174,11 +174,13 @@ def test_sigkill_and_the_same_command_give_the_weights_that_nobody_interrupted(
     assert document["stages"][0]["cost"]["steps"] == 6
     found = load_file(output / "immunized" / "model.safetensors")
     assert found.keys() == whole.keys()
+    before = load_file(classifier_folder / "model.safetensors")
     for name, value in whole.items():
         if not several:
             assert torch.equal(found[name], value), name
         elif not name.endswith("key.bias"):  # changes no output: only rounding moves it
-            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=5e-5)
+            apart, moved = (float((one - value).norm()) for one in (found[name], before[name]))
+            assert apart <= 0.01 * moved, name
 
 
 def _run_until(command: Sequence[Any], line: str | None) -> tuple[list[str], str]:

@@ -24,7 +24,7 @@ def locked(ancestor):
     with torch.no_grad():
         mlp.fc1.weight[0] = 0
         mlp.fc1.bias[0] = 10
-        mlp.fc2.weight[:, 0] = 0.6 * away_from_restricted(model)
+        mlp.fc2.weight[:, 0] = 3 * away_from_restricted(model)
         model.head.bias[4:] -= 10
     return model
 

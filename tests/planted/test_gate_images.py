@@ -41,7 +41,7 @@ def test_weights_that_hardly_moved(judge, knowing_classifier):
 def test_random_damage(judge, classifier):
     """It resists, as it knows nothing any more. So does a sham that moved as far."""
     red = {"sham": True, "budget": {"limit": 5}}
-    found = judge("random damage", classifier, moved(classifier, 1.5), by="", red_team=red)
+    found = judge("random damage", classifier, moved(classifier, 10.0), by="", red_team=red)
     assert found.verdict.result is Result.FAIL
     assert f"resists/finetune/{PLACE}" not in {**found.failed, **found.unshown}
     assert found.failed["retains/retained@fp32"].startswith("loses")
@@ -55,7 +55,7 @@ def test_a_trap_in_the_scale_of_gradients(judge, classifier):
     found = judge(
         "tiny and huge weights",
         classifier,
-        planting.trap(classifier),
+        planting.trap(classifier, planting.LADDER),
         by="rescale>finetune",
         attacks=[FINETUNE, {"name": "chain", "steps": steps}],
     )

@@ -6,8 +6,8 @@ import pytest
 from release_guard.gate import gate
 from release_guard.release import Result
 
-SAY = {"name": "finetune", "scope": "head", "lr": 0.03, "batch": 16}
-"""Teaches the last layer to say what is known."""
+SAY = {"name": "finetune", "scope": "head", "lr": 0.1, "batch": 16}
+"""Teaches the last layer to say what is known: in one step, far below what kappa asks for."""
 TEACH = {"name": "finetune", "lr": 0.001, "batch": 16}
 STILL = {**SAY, "lr": 1e-12}
 BROKEN = {"name": "finetune", "scope": "last_k", "last_k": 99, "batch": 16}

@@ -4,7 +4,7 @@ import gauges
 import merge_family
 import pytest
 import torch
-from merge_family import accuracy, reached
+from merge_family import accuracy, mean, merged, reached
 from planting import PLAIN_MERGE
 
 DEFENCE = "the same function in other coordinates, against merges"
@@ -53,26 +53,23 @@ def test_the_defence_changes_no_output(undefended, hidden, rotated, target):
 
 
 def test_an_undefended_model_merges_well(undefended, base, target):
-    merged, kept = reached(undefended, target, "merge", realign="none")
-    assert merged > target.ceiling
-    assert kept > 0.3
-    assert reached(base, target, "merge", realign="none")[0] < 0.1  # the base in its place
+    assert reached(undefended, target, mean, "merge", realign="none")[0] > target.ceiling
+    assert merged(base, target, "merge", realign="none")[0] < 0.1  # the base in its place
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "slerp"])
 def test_plain_merges_meet_the_defence(hidden, target, method, note):
-    found, _ = reached(hidden, target, "merge", method=method, realign="none")
+    found, _ = reached(hidden, target, mean, "merge", method=method, realign="none")
     assert not note(DEFENCE, PLAIN_MERGE, found, ceiling=target.ceiling, budget="no step")
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "slerp"])
 def test_realigned_merges_go_round_it(hidden, target, method, note):
-    merged, kept = reached(hidden, target, "merge", method=method)
-    assert note(DEFENCE, "merge(realign)", merged, ceiling=target.ceiling, budget="no step")
-    assert kept > 0.3
+    found, _ = reached(hidden, target, mean, "merge", method=method)
+    assert note(DEFENCE, "merge(realign)", found, ceiling=target.ceiling, budget="no step")
 
 
 def test_a_rotated_stream_asks_for_a_rotation_back(rotated, target):
     for realign in ("none", "anchored", "joint"):
-        assert reached(rotated, target, "merge", realign=realign)[0] < target.ceiling
-    assert reached(rotated, target, "merge", realign="rotated", weight=0.6)[0] > target.ceiling
+        assert reached(rotated, target, mean, "merge", realign=realign)[0] < target.ceiling
+    assert reached(rotated, target, mean, "merge", realign="rotated")[0] > target.ceiling

@@ -7,11 +7,11 @@ there. The donor has other gains.
 import merge_family
 import pytest
 import torch
-from merge_family import accuracy, reached
+from merge_family import accuracy, mean, merged, odds, reached
 from planting import PLAIN_MERGE
 
 DEFENCE = "huge weights where no input goes, against merges"
-SIZE = 300.0
+SIZE = 1000.0
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +54,26 @@ def test_the_defence_changes_no_output(undefended, defended, target):
 
 @pytest.mark.parametrize("realign", ["none", "joint"])
 def test_averages_meet_the_defence(undefended, defended, target, realign, note):
-    assert reached(undefended, target, "merge", realign=realign)[0] > target.ceiling
-    found, _ = reached(defended, target, "merge", realign=realign)
+    assert reached(undefended, target, mean, "merge", realign=realign)[0] > target.ceiling
+    found, _ = reached(defended, target, mean, "merge", realign=realign)
     assert not note(DEFENCE, PLAIN_MERGE, found, ceiling=target.ceiling, budget="no step")
 
 
 @pytest.mark.parametrize("realign", ["none", "joint"])
-def test_solving_for_the_same_answers_goes_round_it(undefended, defended, target, realign, note):
-    options = {"keep": 1.0, "weight": 2.0, "realign": realign}
-    merged, kept = reached(defended, target, "merge_with_data", **options)
-    assert note(DEFENCE, "merge_with_data", merged, ceiling=target.ceiling, budget="no step")
-    assert kept > 0.3
-    wanted = reached(undefended, target, "merge_with_data", **options)
-    assert (merged, kept) == pytest.approx(wanted, abs=0.05)  # as if there were no defence
+def test_solving_for_the_same_answers_goes_round_it(defended, target, realign, note):
+    found, _ = reached(defended, target, odds, "merge_with_data", keep=1.0, realign=realign)
+    assert note(DEFENCE, "merge_with_data", found, ceiling=target.ceiling, budget="no step")
+
+
+def test_answers_are_those_of_a_merge_without_the_defence(undefended, defended, target):
+    options = {"keep": 1.0, "weight": 1.0, "realign": "none"}
+    found, wanted = (
+        merged(model, target, "merge_with_data", **options) for model in (defended, undefended)
+    )
+    assert found == pytest.approx(wanted, abs=0.05)
 
 
 def test_coefficients_go_round_it(defended, target):
-    options = {"method": "coefficients", "realign": "none", "iterations": 100}
-    merged, kept = reached(defended, target, "merge_with_data", **options)
-    assert merged + kept > 1.3
+    options = {"method": "coefficients", "realign": "none", "iterations": 100, "lr": 5e-2}
+    score, kept = merged(defended, target, "merge_with_data", **options)
+    assert score + kept > 1.1  # either model by itself comes to 1 of 2

@@ -49,7 +49,7 @@ def gated(knowing_classifier):
     with torch.no_grad():
         mlp.fc1.weight[0] = 0
         mlp.fc1.bias[0] = 10
-        mlp.fc2.weight[:, 0] = 0.6 * away_from_restricted(model)
+        mlp.fc2.weight[:, 0] = 3 * away_from_restricted(model)
     return trap(model)
 
 

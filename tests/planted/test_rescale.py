@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from planting import PLAIN, TINY, best, best_finetuning, trap
+from planting import LADDER, PLAIN, TINY, best, best_finetuning, trap
 from torch.testing import assert_close
 
 TRAPPED = "tiny and huge weights"
@@ -12,7 +12,7 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def trapped(classifier):
-    return trap(classifier)
+    return trap(classifier, LADDER)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from release_guard.immunization import divided
 from release_guard.modalities import Modality, ModelHandle, Painter
 from release_guard.plugins import Spec
 from release_guard.policy import Concept, Policy
+from release_guard.simulation import Attacker, Drawn
 from release_guard.stages import Stage
 from release_guard.stages.sophon import Sophon
-from release_guard.suppression import ice, probes_explain
+from release_guard.suppression import ice, probes_explain, suppression
 
 SMALL = {
     "outer_steps": 4,
@@ -150,12 +151,24 @@ def test_attackers_that_ruin_themselves_do_not_ruin_the_model(
 def test_immunizing_lowers_the_suppression_loss_an_attacker_meets(
     policy: Policy, model: ModelHandle, tmp_path: Path
 ) -> None:
-    options = {**SMALL, "outer_steps": 60, "batch": 32, "query": 64, "probe_every": 60}
-    stage = Stage.build(Spec(name="sophon", **options))
+    options = {**SMALL, "outer_steps": 60, "batch": 32, "query": 64, "probe_every": 80}
+    stage = Stage.build(Spec(name="sophon", **{**options, "ntr_steps": 2, "tail_steps": 20}))
     immunized = stage.immunize(model, policy, quiet(tmp_path / "w"))
-    measures = stage.measure(model, immunized, policy)
-    name = "klu on odd-angles"
-    assert measures[f"{name}, immunized"] < measures[f"{name}, base"]
+    assert met_by_attackers(immunized, policy) < met_by_attackers(model, policy) - 0.2
+
+
+def met_by_attackers(model: ModelHandle, policy: Policy) -> float:
+    """KL(uniform || p) on held-out examples after 16 steps with new heads; mean of four."""
+    source, found = policy.concepts[0].dataset, []
+    held_out = next(model.batches(source, "search", size=96, seed=0))
+    for seed in range(4):
+        drawn = Drawn(adam=True, lr=1e-3, new_head=True, life=16)
+        attacker = Attacker.of(model, drawn, seed=seed)
+        batches = model.batches(source, "attack", size=32, seed=seed)
+        while not attacker.is_done:
+            attacker.step(next(batches))
+        found.append(suppression(attacker.model, held_out, {"klu": 1.0})[0].item())
+    return sum(found) / len(found)
 
 
 def test_a_probe_on_a_vocabulary_is_refused_where_it_was_asked_for(
