@@ -51,12 +51,17 @@ WORTH, UNDONE = (
 )  # points that the unprotected thief gains; share that a joint fit gives back
 FAMILIES: Mapping[str, Callable[[int], Family]] = {"vision": vision, "text": text}
 STEPS = {"vision": 500, "text": 300}
-HARDER = {"vision": 500, "text": 900}  # in 300 steps seed 0 had not learnt the text task: 78.5 alone
+HARDER = {
+    "vision": 500,
+    "text": 900,
+}  # in 300 steps seed 0 had not learnt the text task: 78.5 alone
 ALL = ["neurons", "scales", "heads", "queries", "values", "stream"]
+BARE = "hardened, gauge known"  # to whoever merges: as if there were none
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "undefended": {},
     "base": {},
     "hardened": {"preset": "hardened"},
+    BARE: {"preset": "hardened", "gauge": []},
     "mergeguard": {"preset": "mergeguard"},
     "gauge alone": {"preset": "mergelock", "gauge": ALL, "style": "orthogonal"},
     "trap2": {"preset": "trap2"},
@@ -73,6 +78,7 @@ PLAN: Mapping[str, Sequence[str]] = {
     "undefended": ("plain", "joint fit", *DATA, ROWWISE),
     "base": ("plain", "RegMean", "coefficients", ROWWISE),
     "hardened": COLUMNS,
+    BARE: ("plain", "RegMean", "coefficients", ROWWISE),
     "mergeguard": ("plain", "joint fit", "base's MLP", "RegMean", "coefficients"),
     "gauge alone": ("plain", "joint fit"),
     "trap2": ("plain", "RegMean"),
@@ -197,7 +203,9 @@ def attacked(
         return thief.recovered(align)
     if name in {"coefficients", ROWWISE}:
         fits = [fit for fit in FITS if fit.rows == (name == ROWWISE)]
-        return thief.fitted(fits if row == "hardened" and not precision else fits[:1], align)
+        return thief.fitted(
+            fits if row in {"hardened", BARE} and not precision else fits[:1], align
+        )
     if name in DATA_USING:
         return thief.with_data(name, align)
     if name in {"plain", "anchored"}:
@@ -317,8 +325,10 @@ def _judged(kind: str, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Itera
             wanted = f"{kind}, {row}: the joint fit gives back 9 tenths of that gain"
             yield _met(min(shares) >= UNDONE, wanted, [100 * share for share in shares])
     for what, names in (("without data", FREE), ("with data", DATA)):
-        gains = [gain(one, names) for one in rows["hardened"]]
-        yield _met(max(gains) <= GAIN, f"{kind}, hardened: gain of merges {what} <= {GAIN}", gains)
+        for row in ("hardened", BARE):
+            gains = [gain(one, names) for one in rows[row]]
+            wanted = f"{kind}, {row}: gain of merges {what} <= {GAIN}"
+            yield _met(max(gains) <= GAIN, wanted, gains)
     over = [
         gain(one, [ROWWISE]) - gain(never, [ROWWISE])
         for one, never in zip(rows["hardened"], rows["base"], strict=True)
