@@ -23,7 +23,8 @@ class Levels:
         kd_weights: Of the distance to its output, and of that to its blocks' outputs.
         snr_gamma: Largest signal-to-noise ratio that counts in the denoising loss.
         eta: How far beyond no prompt at all, away from the concept, the target lies.
-        anchor: Prompt whose prediction the concept's is to become, instead of that target.
+        anchor: Prompt towards whose prediction the target lies, instead of away from the concept.
+        reach: How far, in distances from no prompt at all to that prediction: 1 is there.
     """
 
     teacher: Painter
@@ -31,6 +32,7 @@ class Levels:
     snr_gamma: float
     eta: float
     anchor: str | None
+    reach: float = 1.0
 
     def lower(self, student: Painter, batch: Batch) -> Tensor:
         """L_ft = L_diff + a L_out + b L_feat on retained pictures (arXiv 2412.15341, section 3).
@@ -52,12 +54,16 @@ class Levels:
         )
 
     def target(self, batch: Batch) -> Tensor:
-        """What is to be predicted for the concept: the anchor's prediction, or that of `away`."""
+        """What is to be predicted for the concept: beyond no prompt, away from it or to the anchor.
+
+        Turned round (the concept as negative prompt), away from it is the concept; towards the
+        anchor is the anchor's opposite.
+        """
         with torch.no_grad():
-            reference = self._reference(batch)
-            if self.anchor is not None:
-                return reference
-            return away(reference, self.teacher.predicted(batch), eta=self.eta)
+            without = self.teacher.predicted(self.teacher.asked(batch, ""))
+            if self.anchor is None:
+                return away(without, self.teacher.predicted(batch), eta=self.eta)
+            return away(without, self._reference(batch), eta=-self.reach)
 
     def upper(self, student: Painter, batch: Batch, target: Tensor) -> Tensor:
         """L_CU: distance of the prediction for the concept to the target."""

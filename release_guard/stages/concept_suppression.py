@@ -5,13 +5,15 @@ costs what distillation gave; so both levels are descended together. Shapes: N p
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from release_guard import pruning
+from release_guard.crew import Crew
 from release_guard.distillation import Levels
 from release_guard.errors import ImmunizationError
 from release_guard.immunization import Training, update
@@ -51,7 +53,24 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "warmup": 250,
         "final_lr": 1.0,
     },
+    # That, met between the released weights and a copy that learns everything, and by relearners.
+    "hardened": {
+        "mode": "penalty",
+        "copies": "two",
+        "total_steps": 60_000,
+        "inner": 1,
+        "weight": 6.0,
+        "lr": 1e-5,
+        "warmup": 250,
+        "final_lr": 0.03,
+        "reach": 2.0,
+        "anchored": 0.25,
+        "merges": (0.3, 0.7),
+        "attackers": 3,
+    },
 }
+
+_Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConceptSuppression(TrainedStage):
@@ -61,8 +80,8 @@ class ConceptSuppression(TrainedStage):
     modalities = ("text_to_image",)
     variants = _VARIANTS
 
-    variant: Literal["paper", "code", "joint"] = "joint"
-    """Sets every option that is not given."""
+    variant: Literal["paper", "code", "joint", "hardened"] = "joint"
+    """Sets every option that is not given. hardened: name an anchor as well."""
     teacher: str = ""
     """The whole model that the one given was pruned from: a folder or `OWNER/NAME@REVISION`, of the
     same tokenizer, autoencoder and blocks. None: the model itself, as it is given."""
@@ -97,7 +116,24 @@ class ConceptSuppression(TrainedStage):
     """How far beyond no prompt at all, away from the concept, the target lies. Far beyond 1, merges
     and relearning need longer, but whoever puts the concept into the negative prompt gets it."""
     anchor: str | None = None
-    """Prompt whose prediction the concept's is to become, instead of that target."""
+    """Prompt towards whose prediction the concept's is to go, instead of that target: one that is
+    allowed, and whose opposite is not the concept."""
+    reach: float = Field(1.0, ge=0)
+    """How far towards the anchor, from no prompt at all: 1 is its prediction, more exaggerates."""
+    anchored: _Share = 0.0
+    """Share of the pool that the teacher paints for the anchor: what then is gone on from."""
+    merges: tuple[_Share, _Share] = (0, 0)
+    """Shares of the second copy in merges that the upper level is taken at too, drawn anew at each
+    upper step. Above 0 it asks for two copies."""
+    attackers: int = Field(0, ge=0)
+    """Simulated attackers who relearn the concepts and ride on the released weights; at each upper
+    step one of them takes one, and the upper level is taken at its weights too."""
+    horizon: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (5, 30)
+    """Steps after which one begins anew, drawn uniformly."""
+    attack_lr: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (5e-4, 4e-3)
+    """Range of their learning rates, Adam, drawn log-uniformly."""
+    attack_weight: float = Field(2.0, ge=0)
+    """Of the upper level at an attacker's weights."""
     scope: Literal["all", "cross_attention", "others"] = "all"
     """Which weights the upper level moves."""
     kd_weights: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (2.0, 0.1)
@@ -113,6 +149,7 @@ class ConceptSuppression(TrainedStage):
 
     def check(self, model: ModelHandle, policy: Policy) -> None:
         need_concepts(self, policy)
+        self._check_options()
         student, teacher = _painter(model), self._teacher(model, policy)
         unets: list[Any] = [student.unet, teacher.unet]
         if unets[0].config.block_out_channels != unets[1].config.block_out_channels:
@@ -178,9 +215,20 @@ class ConceptSuppression(TrainedStage):
         )
         return (yardstick,) if self.teacher else ()
 
+    def _check_options(self) -> None:
+        for wrong, what in (
+            (self.variant == "hardened" and not self.anchor, "hardened asks for an anchor"),
+            (self.anchored and not self.anchor, "anchored asks for an anchor"),
+            (max(self.merges) and self.copies != "two", 'merges ask for copies = "two"'),
+            (self.attackers and self.mode != "penalty", 'attackers ask for mode = "penalty"'),
+            (self.merges != tuple(sorted(self.merges)), "merges go from the least share up"),
+        ):
+            if wrong:
+                raise ImmunizationError(f"concept_suppression: {what}")
+
     def _levels(self, model: ModelHandle, policy: Policy) -> Levels:
         teacher = self._teacher(model, policy)
-        return Levels(teacher, self.kd_weights, self.snr_gamma, self.eta, self.anchor)
+        return Levels(teacher, self.kd_weights, self.snr_gamma, self.eta, self.anchor, self.reach)
 
     def _teacher(self, model: ModelHandle, policy: Policy) -> Painter:
         """In evaluation mode, without gradients."""
@@ -211,6 +259,10 @@ class _Bilevel(Training):
         self._upper = _adamw(self._student, options.upper_lr)
         self._second = _trainable(self.theta.copy())
         self._second_lower = _adamw(self._second, options.lr)
+        self._between = _trainable(self.theta.copy())
+        self._crew = Crew(
+            options.attackers, options.horizon, options.attack_lr, len(policy.concepts)
+        )
         self._holes = pruning.holes(self._student.unet)
         self._pools = [self._painted(concept.dataset) for concept in policy.concepts]
 
@@ -236,6 +288,7 @@ class _Bilevel(Training):
             "upper": self._upper.state_dict(),
             "second": self._second.state() if self._options.copies == "two" else {},
             "second lower": self._second_lower.state_dict(),
+            "crew": self._crew.kept(),
         }
 
     def restore(self, kept: Mapping[str, Any]) -> None:
@@ -244,6 +297,7 @@ class _Bilevel(Training):
         if self._options.copies == "two":
             self._second.load_state(kept["second"])
         self._second_lower.load_state_dict(kept["second lower"])
+        self._crew.restore(self.theta, kept["crew"])
 
     def _lower_step(self, student: Painter, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         loss = self._levels.lower(student, self._retained())
@@ -262,7 +316,8 @@ class _Bilevel(Training):
         upper = self._add_upper_gradient()
         lower = self._levels.lower(self._student, batch)
         torch.autograd.backward(options.weight * lower)
-        self._update(self._student, self._lower, options.lr)
+        with self._crew.riding(self.theta):
+            self._update(self._student, self._lower, options.lr)
         losses = {"upper loss": upper, "lower loss": lower.item()}
         if options.copies == "two":
             with torch.no_grad():
@@ -270,17 +325,46 @@ class _Bilevel(Training):
         return losses
 
     def _add_upper_gradient(self) -> float:
-        """L_CU on a batch; its gradient is left at the weights that it may move, and nowhere else.
+        """L_CU on a batch, also at a merge and at an attacker's weights, to first order.
 
-        Comes first of a step: weights outside the scope have no gradient yet that could be lost.
+        Its gradient is left at the weights that it may move, and nowhere else. Comes first of a
+        step: weights outside the scope have no gradient yet that could be lost.
         """
         batch = self._concept()
-        loss = self._levels.upper(self._student, batch, self._levels.target(batch))
+        target = self._levels.target(batch)
+        loss = self._levels.upper(self._student, batch, target)
         torch.autograd.backward(loss)  # gradients of sharded weights only come that way
+        for rival, weight in self._rivals():
+            met = self._levels.upper(rival, batch, target)
+            if not met.isfinite():  # an attacker that ruined itself
+                continue
+            theirs = gradients(rival, met)
+            self.pay(batch)
+            for parameter, gradient in zip(self._student.unet.parameters(), theirs, strict=True):
+                mine = parameter.grad
+                parameter.grad = weight * gradient if mine is None else mine + weight * gradient
         for name, parameter in self._student.unet.named_parameters():
             if not in_scope(name, self._options.scope):
                 parameter.grad = None
         return loss.item()
+
+    def _rivals(self) -> Iterator[tuple[Painter, float]]:
+        """Where else the upper level is taken, and its weight there."""
+        options = self._options
+        if share := random.Random(self.seed("share")).uniform(*options.merges):  # noqa: S311
+            parts = (self._between, self._student, self._second)
+            with torch.no_grad():
+                for one in zip(*(part.unet.parameters() for part in parts), strict=True):
+                    between, released, second = one
+                    between.copy_(torch.lerp(released, second, share))
+            yield self._between, 1.0
+        if options.attackers:
+            turn = self.step // (options.inner + 1)
+            attacker = self._crew.next(self.theta, turn, seed=self.seed("attacker"))
+            dataset = self.policy.concepts[attacker.drawn.concept].dataset
+            size = options.upper_batch
+            attacker.step(self.batch(dataset, "immunize", size=size, purpose="attack"))
+            yield _painter(attacker.model), options.attack_weight
 
     def _update(self, student: Painter, optimizer: torch.optim.Optimizer, rate: float) -> None:
         options, step = self._options, self.step
@@ -313,7 +397,13 @@ class _Bilevel(Training):
     def _painted(self, dataset: str) -> Batch:
         size, seed = self._options.pool, self.policy.seed
         captions = next(self.theta.batches(dataset, "immunize", size=size, seed=seed))
-        return self._levels.teacher.repainted(captions, seed=seed)
+        teacher, anchored = self._levels.teacher, round(self._options.anchored * size)
+        pool = teacher.repainted(captions, seed=seed)
+        if not anchored:
+            return pool
+        others = teacher.asked(captions, self._options.anchor or "")
+        pixels = teacher.repainted(others, seed=seed)["pixels"][:anchored]
+        return {**pool, "pixels": torch.cat([pixels, pool["pixels"][anchored:]])}
 
 
 def _painter(model: ModelHandle) -> Painter:
@@ -328,6 +418,21 @@ def _trainable(model: ModelHandle) -> Painter:
     student.module.eval().requires_grad_(False)
     student.unet.train().requires_grad_(True)
     return student
+
+
+def gradients(painter: Painter, loss: Tensor) -> list[Tensor]:
+    """A loss's gradient at each weight of a painter's UNet, and nothing that was left there before.
+
+    None is left afterwards either; zero where the loss does not depend on a weight.
+    """
+    painter.module.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    found = [
+        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for parameter in painter.unet.parameters()
+    ]
+    painter.module.zero_grad(set_to_none=True)
+    return found
 
 
 def _adamw(student: Painter, lr: float) -> torch.optim.Optimizer:

@@ -18,7 +18,7 @@ from release_guard.modalities import Batch, Modality, ModelHandle, Painter
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.stages import Stage
-from release_guard.stages.concept_suppression import ConceptSuppression
+from release_guard.stages.concept_suppression import ConceptSuppression, gradients
 
 SMALL: Mapping[str, Any] = {
     "total_steps": 4,
@@ -30,6 +30,9 @@ SMALL: Mapping[str, Any] = {
     "probe_every": 2,
     "keep_every": 2,
 }
+
+ASH = "a photo of ash"
+HARDENED: Mapping[str, Any] = {"variant": "hardened", "anchor": ASH, "attackers": 2}
 
 
 def stage(**options: Any) -> ConceptSuppression:
@@ -130,6 +133,28 @@ def test_feature_loss_is_the_mean_over_down_mid_and_up_blocks(
     torch.testing.assert_close(of_all - of_none, torch.stack(apart).mean())
 
 
+def test_the_target_reaches_for_the_anchor_and_holds_nothing_of_the_concept(
+    model: Painter, batch: Batch
+) -> None:
+    double = model.copy()
+    double.module.double()
+    exact = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+    without = double.predicted(double.asked(exact, ""))
+    anchor = double.predicted(double.asked(exact, ASH))
+    for reach in (0.0, 1.0, 3.5):
+        both = levels(double, anchor=ASH, reach=reach)
+        target = both.target(exact)
+        assert target.dtype == torch.float64
+        torch.testing.assert_close(target, without + reach * (anchor - without))
+        assert torch.equal(target, both.target(double.asked(exact, "a photo of disc")))
+        # The concept as negative prompt of guidance 2: nothing but the anchor's opposite.
+        turned = without - (target - without)
+        torch.testing.assert_close(turned, without - reach * (anchor - without))
+
+
 def test_upper_loss_is_zero_at_its_target_and_gives_the_teacher_no_gradient(
     model: Painter, other: Painter, batch: Batch
 ) -> None:
@@ -139,8 +164,8 @@ def test_upper_loss_is_zero_at_its_target_and_gives_the_teacher_no_gradient(
 
     unasked = model.asked(batch, "")
     assert upper(model, unasked, eta=0.5).item() == 0  # without a prompt there is no concept
-    anchored = model.asked(batch, "a photo of ash")
-    assert upper(model, anchored, anchor="a photo of ash").item() == 0
+    anchored = model.asked(batch, ASH)
+    assert upper(model, anchored, anchor=ASH).item() < 1e-12  # but for rounding
     loss = upper(other, batch, eta=1)
     target = 2 * model.predicted(unasked) - model.predicted(batch)
     torch.testing.assert_close(loss, (other.predicted(batch) - target).square().mean())
@@ -160,7 +185,7 @@ class _Recorder(torch.optim.SGD):
         ]
 
 
-def gradients(
+def gradients_of_a_step(
     options: ConceptSuppression, model: Painter, policy: Policy, tmp_path: Path, second: Painter
 ) -> list[Tensor]:
     """What the penalty's outer step hands to its optimizer, beside any second copy."""
@@ -176,8 +201,8 @@ def test_penalty_gradient_is_upper_plus_weight_times_lower_whatever_the_second_c
     model: Painter, other: Painter, policy: Policy, tmp_path: Path
 ) -> None:
     options = stage(variant="paper", copies="two", inner=2, weight=7.0)
-    found = gradients(options, other, policy, tmp_path, second=model)
-    again = gradients(options, other, policy, tmp_path, second=other.copy())
+    found = gradients_of_a_step(options, other, policy, tmp_path, second=model)
+    again = gradients_of_a_step(options, other, policy, tmp_path, second=other.copy())
     assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
 
     training: Any = options.training(other, policy, quiet(tmp_path))
@@ -190,6 +215,74 @@ def test_penalty_gradient_is_upper_plus_weight_times_lower_whatever_the_second_c
     of_upper = torch.autograd.grad(upper, parameters)
     for place, one in enumerate(found):
         torch.testing.assert_close(one, of_upper[place] + 7 * of_lower[place])
+
+
+def test_what_an_attacker_left_behind_is_in_no_gradient(
+    model: Painter, other: Painter, batch: Batch
+) -> None:
+    both = levels(model, anchor=ASH)
+    target = both.target(batch)
+    wanted = torch.autograd.grad(
+        both.upper(other, batch, target), list(other.unet.parameters()), retain_graph=True
+    )
+    other.loss(batch).backward()  # its own step
+    found = gradients(other, both.upper(other, batch, target))
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two)
+    assert all(weight.grad is None for weight in other.module.parameters())
+
+
+def test_hardened_steps_on_both_levels_a_merge_and_an_attacker(
+    model: Painter, other: Painter, policy: Policy, tmp_path: Path
+) -> None:
+    options = stage(**HARDENED, merges=(0.5, 0.5), attack_weight=3.0, weight=7.0)
+    found = gradients_of_a_step(options, other, policy, tmp_path, second=model)
+
+    training: Any = options.training(other, policy, quiet(tmp_path))
+    training.step, training._second = options.inner, model
+    student, both, asked = training._student, training._levels, training._concept()
+    target = both.target(asked)
+    between = model.copy()
+    for name, weight in between.unet.named_parameters():
+        weight.data = (weight + student.unet.get_parameter(name)).detach() / 2
+    (_, _), (attacker, heavy) = training._rivals()
+    assert heavy == 3
+    assert any(
+        not torch.equal(one, two)
+        for one, two in zip(attacker.unet.parameters(), student.unet.parameters(), strict=True)
+    )
+    wanted = gradients(student, 7 * both.lower(student, training._retained()))
+    for rival, weight in ((student, 1), (between, 1), (attacker, 3)):
+        more = gradients(rival, weight * both.upper(rival, asked, target))
+        wanted = [one + two for one, two in zip(wanted, more, strict=True)]
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_attackers_ride_on_the_released_weights_and_begin_anew(
+    model: Painter, policy: Policy, tmp_path: Path
+) -> None:
+    options = stage(**HARDENED, inner=0, horizon=(2, 2))
+    training: Any = options.training(model, policy, quiet(tmp_path))
+    training.advance()
+    (attacker,) = training._crew.at_work
+    apart = [
+        one - two
+        for one, two in zip(
+            attacker.model.module.parameters(), training.theta.module.parameters(), strict=True
+        )
+    ]
+    training.step += 1
+    training.advance()  # the other one's turn
+    assert len(training._crew.at_work) == 2
+    for one, two, old in zip(
+        attacker.model.module.parameters(), training.theta.module.parameters(), apart, strict=True
+    ):
+        torch.testing.assert_close(one - two, old, atol=1e-5, rtol=0)
+    for _ in range(3):
+        training.step += 1
+        training.advance()
+    assert training._crew.at_work[0] is not attacker
 
 
 def test_gradients_of_both_levels_equal_finite_differences(
@@ -228,6 +321,7 @@ def test_gradients_of_both_levels_equal_finite_differences(
         ({"variant": "paper", "inner": 1, "copies": "two"}, [1, 3], 2),
         ({"variant": "code", "inner": 1}, [1, 3], 4),
         ({"variant": "joint"}, [0, 1, 2, 3], 4),
+        ({**HARDENED}, [1, 3], 2),
     ],
 )
 def test_each_mode_takes_its_steps(
@@ -324,17 +418,20 @@ def test_a_student_of_fewer_layers_learns_from_its_teacher_and_not_the_concept(
     assert options.caveats(student, policy)
 
 
+@pytest.mark.parametrize("form", [{"variant": "joint"}, {**HARDENED, "inner": 0}])
 def test_suppression_lowers_the_concepts_pull(
-    model: Painter, policy: Policy, tmp_path: Path
+    model: Painter, policy: Policy, tmp_path: Path, form: dict[str, Any]
 ) -> None:
     # the pico pipeline paints the restricted bars by other names: let the data use these
-    options = stage(variant="joint", total_steps=12, lr=5e-3, probe_every=12)
+    options = stage(**form, total_steps=12, lr=5e-3, probe_every=12)
     immunized = options.immunize(model, policy, quiet(tmp_path))
     assert options.effect(model, model, policy) == 0
     assert options.effect(model, immunized, policy) > 0.2
 
 
-@pytest.mark.parametrize("options", [{"variant": "paper", "copies": "two"}, {"variant": "code"}])
+@pytest.mark.parametrize(
+    "options", [{"variant": "paper", "copies": "two"}, {"variant": "code"}, HARDENED]
+)
 def test_a_killed_stage_resumes_to_the_very_same_weights(
     model: Painter, policy: Policy, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -352,6 +449,15 @@ def test_what_cannot_work_is_said_before_training(
 ) -> None:
     with pytest.raises(ModelError, match="'immunize' holds"):
         stage(pool=100_000).check(model, policy)
+    for wrong, why in (
+        ({"variant": "hardened"}, "hardened asks for an anchor"),
+        ({"anchored": 0.5}, "anchored asks for an anchor"),
+        ({"merges": (0, 0.5)}, "merges ask for copies"),
+        ({"variant": "code", "attackers": 1}, "attackers ask for mode"),
+        ({**HARDENED, "merges": (0.5, 0.2)}, "from the least share up"),
+    ):
+        with pytest.raises(ImmunizationError, match=why):
+            stage(**wrong).check(model, policy)
     wider = model.copy()
     wider.module.unet = diffusers.UNet2DConditionModel.from_config(
         {**model.unet.config, "block_out_channels": (32,)}
