@@ -112,10 +112,11 @@ paints each of the kinds now and then, so its rate is not 0 before any attack. E
 {outer} steps of batch 4 on all of the UNet, at one cycle of rates up to 5e-4 and a distillation
 weight of 30, and what is taken is its last state that adds no more than {margin} to the retained
 denoising loss of some 0.035 (as looked at while it trains; the column is measured on other
-pictures, so arms can be compared in it). `hardened` is joint IMMA but for what it asks of adapted
-models: to say of a concept's pictures what is said under retained captions, not a high loss.
-Settings were chosen on seed 0. Left out: the never-knew arm (another painter to train), order 2,
-four shapes."""
+pictures, so arms can be compared in it). Composed puts together one IMMA for each shape, each of
+as many steps: with half as many the first was never within the margin on seed 0. `hardened` is
+joint IMMA but for what it asks of adapted models: to say of a concept's pictures what is said
+under retained captions, not a high loss. Settings were chosen on seed 0. Left out: the never-knew
+arm (another painter to train), order 2, four shapes."""
 GAP_CAPTION = """\
 MSGR: the share by which a defence lowers the similarity to real pictures that the same attack
 reaches in U after {steps} steps, mean of the shapes; below 0 the defence helped the attacker.
@@ -125,7 +126,7 @@ upright cross under the word "thing", which nobody forbids. MIMA's attackers tak
 {outer} steps, so 16 times their horizon was not run. MIMA's tables were not found in public
 sources; IMMA's SGR by DINO, re-learning a style by LoRA, mean of 50 epochs, is 18.4, 26.1 and
 25.7 % (arXiv 2311.18815, table 1)."""
-ARMS = ("U", "hardened", "joint IMMA", "MIMA", "composed", "S")
+ARMS = ("U", "hardened", "joint IMMA", "S", "MIMA", "composed")
 
 
 BENIGN_ATTACK = {**_LORA, "lr": 3e-2}
@@ -240,10 +241,7 @@ def _sham(start: Painter, other: Painter, seed: int) -> dict[str, Tensor]:
 
 def _composed(start: Painter, seed: int) -> dict[str, Tensor]:
     """One IMMA for each concept, put together by the merge layer; other weights averaged."""
-    options = {**_IMMA, "outer_steps": _IMMA["outer_steps"] // len(CONCEPTS)}
-    states = [
-        _immunized(start, policy_for([concept], seed), options).state() for concept in CONCEPTS
-    ]
+    states = [_immunized(start, policy_for([concept], seed), _IMMA).state() for concept in CONCEPTS]
     stage = cast("Mima", Stage.build(Spec(name="mima", **_MIMA)))
     merge = stage.merge(start, policy_for(CONCEPTS, seed))
     before = start.state()
