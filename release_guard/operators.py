@@ -185,11 +185,17 @@ class Objective:
         painter = isinstance(self.model, Painter)
         return 1.0 if painter else math.log(self.model.head.out_features)
 
-    def distance(self, batch: Batch) -> Tensor:
-        """How far what the model says is from what the base says: squared error, or divergence."""
+    def distance(self, batch: Batch, captions_of: Batch | None = None) -> Tensor:
+        """How far what the model says is from what the base says: squared error, or divergence.
+
+        Args:
+            batch: Of what.
+            captions_of: The base, a painter, is asked for what these captions say instead.
+        """
         if isinstance(self.model, Painter) and isinstance(self.base, Painter):
+            asked = batch if captions_of is None else {**batch, "tokens": captions_of["tokens"]}
             with torch.no_grad():
-                wanted = self.base.predicted(batch)
+                wanted = self.base.predicted(asked)
             return (self.model.predicted(batch) - wanted).square().mean()
         with torch.no_grad():
             wanted_NC, _ = self.base.logits(batch)

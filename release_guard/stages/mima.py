@@ -8,7 +8,7 @@ attackers are not merged but carried on from step to step. Shapes: N prompts, L 
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, assert_never
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from release_guard.concept_merge import ConceptMerge
 from release_guard.errors import ImmunizationError, ModelError
-from release_guard.immunization import Training
+from release_guard.immunization import Training, update
 from release_guard.modalities import Batch, ModelHandle, Painter
 from release_guard.operators import (
     Attacker,
@@ -58,20 +58,20 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "upper_lr": 1e-5,
         "prior_weight": 0.0,
     },
-    # Attackers of four kinds that start again at different times; all of the UNet may be changed.
+    # IMMA on all of the UNet, for attackers who are to find something else in their pictures: what
+    # is asked has an end, so the rate can be high, and it falls until the retained loss is back.
     "hardened": {
         "form": "carried",
         "order": 1,
-        "operators": ("full", "cross_kv", "words", "lora"),
-        "attackers": 4,
-        "advance": 2,
-        "horizon": (6, 24),
-        "lower_lr": (1e-3, 3e-3),
+        "operators": ("lora",),
+        "lower_lr": (1e-3, 1e-3),
+        "outer_steps": 100,
         "upper_scope": "all",
-        "upper_lr": 3e-4,
+        "upper_lr": 5e-4,
+        "schedule": "cycle",
+        "objective": "anchor",
         "prior_weight": 0.0,
         "distill": 30.0,
-        "cap": 0.3,
         "batch": 4,
         "prior_batch": 8,
     },
@@ -105,14 +105,10 @@ class Mima(TrainedStage):
     """Range of its learning rate, drawn log-uniformly: SGD on copies, Adam where carried on. Of
     full weights; other operators take their usual multiples."""
     operators: tuple[OperatorName, ...] = Field(("full",), min_length=1)
-    """What carried attackers train, in turn. words is textual inversion, cross_kv Custom
-    Diffusion."""
+    """What carried attackers train, one of each for every concept. words is textual inversion,
+    cross_kv Custom Diffusion."""
     rank: int = Field(4, ge=1)
     """Of lora."""
-    attackers: int = Field(1, ge=1)
-    """Carried attackers of each concept."""
-    advance: int | None = Field(None, ge=1)
-    """How many of them take a step in an outer step, in turn; none: all."""
     horizon: tuple[int, int] | None = None
     """Steps after which a carried attacker starts again, drawn uniformly; none: never."""
     lower_scope: Scope = "all"
@@ -121,13 +117,16 @@ class Mima(TrainedStage):
     """What the stage may change; none: cross-attention where there is any, else all."""
     upper_lr: Rate = 3e-5
     """Learning rate of the released weights, AdamW."""
+    schedule: Literal["constant", "cycle"] = "constant"
+    """cycle: it rises over a tenth of the steps and falls to nothing over the last half."""
     weight_decay: float = Field(1e-2, ge=0)
     clip: Rate = 1.0
     """Norm their gradient is clipped to."""
     objective: Literal["ascent", "anchor"] = "ascent"
-    """ascent: the concept's loss rises. anchor: adapted models say what the base says."""
+    """ascent: the concept's loss rises. anchor: adapted painters say of its pictures what the base
+    says of them under a retained caption."""
     cap: Rate | None = 1.0
-    """Restricted loss beyond which nothing is pushed any further, by that of a model that says
+    """Restricted loss beyond which ascent goes no further, by that of a model that says
     nothing (zero for a painter, the uniform distribution elsewhere); none: without end."""
     prior_weight: float = Field(1.0, ge=0)
     """Weight of the retained data's loss."""
@@ -252,6 +251,8 @@ class _Levels:
         wanted = {*options.operators} & {"cross_kv", "words"}
         if options.form == "carried" and wanted and not isinstance(model, Painter):
             raise ValueError(f"operator {min(wanted)} is for painters alone; take full or lora")
+        if options.objective == "anchor" and not isinstance(model, Painter):
+            raise ValueError("objective anchor is for painters alone; take ascent")
         if any(
             "to_kv." in name or "to_qkv." in name for name, _ in model.module.named_parameters()
         ):
@@ -287,9 +288,14 @@ class _Bilevel(Training):
         for parameter, gradient in zip(self._upper, gradients, strict=True):
             parameter.grad = gradient
         nn.utils.clip_grad_norm_(self._upper, options.clip)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        update(self._optimizer, options.upper_lr * self._share())
         return losses
+
+    def _share(self) -> float:
+        """Of the learning rate, at this step."""
+        done, total = self.step, self._options.outer_steps
+        cycle = min(1.0, 10 * (done + 1) / total, 2 * (total - done) / total)
+        return cycle if self._options.schedule == "cycle" else 1.0
 
     def changing(self) -> dict[str, Any]:
         attackers = {place: attacker.kept() for place, attacker in self._attackers.items()}
@@ -355,10 +361,8 @@ class _Bilevel(Training):
         """Every attacker goes on, and the upper gradient where each has got to."""
         total = [torch.zeros_like(parameter) for parameter in self._upper]
         losses = []
-        pool = len(self.policy.concepts) * self._options.attackers
-        moving = min(self._options.advance or pool, pool)
-        for turn in range(moving):
-            attacker = self._advanced((self.step * moving + turn) % pool)
+        for place in range(len(self.policy.concepts) * len(self._options.operators)):
+            attacker = self._advanced(place)
             leaves = {
                 name: leaf(weight) for name, weight in attacker.weights(self._weights).items()
             }
@@ -389,9 +393,8 @@ class _Bilevel(Training):
 
     def _new_attacker(self, place: int) -> Attacker:
         options, chance = self._options, self._chance(f"attacker/{place}")
-        num = len(self.policy.concepts)
-        concept, turn = place % num, place // num
-        operator = options.operators[turn % len(options.operators)]
+        turn, concept = divmod(place, len(self.policy.concepts))
+        operator = options.operators[turn]
         life: float = math.inf
         if options.horizon is not None:
             life = chance.randint(*options.horizon)
@@ -437,13 +440,13 @@ class _Bilevel(Training):
     def _upper_gradients(
         self, weights: Weights, wrt: Sequence[Tensor], concepts: Sequence[int]
     ) -> tuple[float, list[Tensor]]:
-        """Mean over concepts of what is to fall: minus the loss, or the distance to the base."""
+        """Mean over concepts of what is to fall: minus the loss, or the distance to the anchor."""
+        anchored = self._options.objective == "anchor"
         total = [torch.zeros_like(one) for one in wrt]
         losses = []
         for number in concepts:
             batch = self._restricted(number, f"upper/{number}")
-            anchored = self._options.objective == "anchor"
-            loss_of = self._objective.distance if anchored else self.theta.loss
+            loss_of = self._anchored(number) if anchored else self.theta.loss
             loss, gradients = gradients_at(self.theta, loss_of, weights, batch, wrt)
             losses.append(loss)
             if anchored or loss < self._most:
@@ -451,6 +454,12 @@ class _Bilevel(Training):
                     total, list(gradients), alpha=(1 if anchored else -1) / len(concepts)
                 )
         return sum(losses) / len(losses), total
+
+    def _anchored(self, number: int) -> Callable[[Batch], Tensor]:
+        """The distance of what is said to what the base says under retained captions."""
+        retained, size = self.policy.retain.dataset, self._options.batch
+        others = self.batch(retained, "retain", size=size, purpose=f"anchor/{number}", passes=1 / 3)
+        return lambda batch: self._objective.distance(batch, captions_of=others)
 
     def _retained_gradients(
         self, weights: Weights, wrt: Sequence[Tensor]

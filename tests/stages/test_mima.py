@@ -11,7 +11,15 @@ from workspaces import quiet, resumed_after_a_kill
 
 from release_guard.errors import ImmunizationError
 from release_guard.modalities import Modality, ModelHandle, Painter
-from release_guard.operators import Attacker, Full, LowRank, Operator, Words, gradients_at
+from release_guard.operators import (
+    Attacker,
+    Full,
+    LowRank,
+    Objective,
+    Operator,
+    Words,
+    gradients_at,
+)
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.stages import Stage
@@ -32,8 +40,6 @@ SMALL = {
 POOL = {
     "variant": "imma",
     "operators": ("full", "words", "lora", "cross_kv"),
-    "attackers": 2,
-    "advance": 3,
     "horizon": (2, 3),
     "lower_lr": (1e-3, 1e-2),
 }
@@ -81,8 +87,8 @@ def moved(before: ModelHandle, after: ModelHandle) -> set[str]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"order": 1}, {"merge_base": "pretrained"}, {"objective": "anchor", "distill": 1.0}, POOL],
-    ids=["order 2", "order 1", "fixed base", "anchored", "carried"],
+    [{}, {"order": 1}, {"merge_base": "pretrained"}, {"variant": "hardened", **SMALL}, POOL],
+    ids=["order 2", "order 1", "fixed base", "hardened", "carried"],
 )
 def test_only_the_upper_scope_is_changed(
     policy: Policy, model: Painter, tmp_path: Path, options: Mapping[str, Any]
@@ -151,8 +157,9 @@ def test_other_models_are_merged_by_the_mean(
         immunized = built.immunize(loaded, policy, quiet(tmp_path / f"w{order}"))
         assert moved(loaded, immunized)
     assert "mean" in built.caveats(loaded, policy)[0]
-    with pytest.raises(ImmunizationError, match="painters alone"):
-        stage(**POOL).check(loaded, policy)
+    for options in (POOL, {"variant": "hardened"}):
+        with pytest.raises(ImmunizationError, match="painters alone"):
+            stage(**options).check(loaded, policy)
 
 
 def test_immunizing_leaves_more_loss_after_an_adaptation(
@@ -166,6 +173,31 @@ def test_immunizing_leaves_more_loss_after_an_adaptation(
     figures = built.measure(model, immunized, policy)
     assert figures["relative distance of cross-attention"] > 0
     assert figures["adapted to left, immunized: loss"] > figures["adapted to left, base: loss"]
+
+
+def test_the_anchor_is_what_the_base_says_under_retained_captions(
+    policy: Policy, model: Painter
+) -> None:
+    mine = next(model.batches(policy.concepts[0].dataset, "immunize", size=8, seed=9))
+    others = next(model.batches(policy.retain.dataset, "retain", size=8, seed=9))
+    objective, instead = Objective(model, model), {**mine, "tokens": others["tokens"]}
+    with torch.no_grad():
+        wanted = (model.predicted(mine) - model.predicted(instead)).square().mean()
+        assert objective.distance(mine).item() == 0
+        assert objective.distance(mine, captions_of=others).item() == wanted.item() > 0
+
+
+def test_the_rate_of_a_cycle_rises_and_falls_to_nothing(
+    policy: Policy, model: Painter, tmp_path: Path
+) -> None:
+    built = stage(schedule="cycle", outer_steps=20)
+    training: Any = built.training(model, policy, quiet(tmp_path))
+    shares = []
+    for training.step in range(20):
+        shares.append(training._share())
+    assert shares[:2] == [0.5, 1.0]
+    assert set(shares[2:11]) == {1.0}
+    assert shares[10:] == pytest.approx([(20 - step) / 10 for step in range(10, 20)])
 
 
 def test_what_cannot_work_is_said_before_any_training(policy: Policy, model: Painter) -> None:
