@@ -30,6 +30,7 @@ from benchmarks import _painters
 from benchmarks._common import machine, record, table
 from release_guard.attacks import Attack
 from release_guard.concept_merge import erased
+from release_guard.errors import ImmunizationError
 from release_guard.modalities import Modality, Painter
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Concept, Policy
@@ -191,15 +192,18 @@ def erase(model: Painter, policy: Policy) -> Painter:
     return without
 
 
-def defended(arm: str, erased_painter: Painter, seed: int) -> Painter:
-    """An arm's weights; U is what was erased and nothing else."""
+def defended(arm: str, erased_painter: Painter, seed: int) -> Painter | None:
+    """An arm's weights; U is what was erased and nothing else. None: nothing was in the margin."""
     found = erased_painter.copy()
     if arm == "U":
         return found
     path = PLACE / f"{key(['weights', arm, _about(arm), seed])}.pt"
     if not path.exists():
         torch.save(_made(arm, erased_painter, seed), path)
-    found.load_state(torch.load(path, weights_only=True))
+    weights = torch.load(path, weights_only=True)
+    if weights is None:
+        return None
+    found.load_state(weights)
     return found
 
 
@@ -208,12 +212,17 @@ def _about(arm: str) -> Any:
     return others.get(arm, DEFENCES.get(arm))
 
 
-def _made(arm: str, start: Painter, seed: int) -> dict[str, Tensor]:
+def _made(arm: str, start: Painter, seed: int) -> dict[str, Tensor] | None:
     if arm == "S":
-        return _sham(start, defended("hardened", start, seed), seed)
-    if arm == "composed":
-        return _composed(start, seed)
-    return _immunized(start, policy_for(CONCEPTS, seed), DEFENCES[arm]).state()
+        other = defended("hardened", start, seed)
+        return None if other is None else _sham(start, other, seed)
+    try:
+        if arm == "composed":
+            return _composed(start, seed)
+        return _immunized(start, policy_for(CONCEPTS, seed), DEFENCES[arm]).state()
+    except ImmunizationError as error:
+        print(f"{arm}, seed {seed}: {error}", file=sys.stderr, flush=True)
+        return None
 
 
 def _immunized(start: Painter, policy: Policy, options: Mapping[str, Any]) -> Painter:
@@ -367,8 +376,10 @@ def measure(spec: Mapping[str, Any]) -> None:
     if path_of(spec).exists():
         return
     model = attackable(spec["arm"], spec["seed"])
-    found: Any
-    if "attack" in spec:
+    found: Any = None
+    if model is None:
+        pass
+    elif "attack" in spec:
         found = attacked(model, spec["attack"], spec["seed"], taught=spec.get("taught", "attack"))
     else:
         found = retained_loss(model)
@@ -378,9 +389,10 @@ def measure(spec: Mapping[str, Any]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def attackable(arm: str, seed: int) -> Painter:
+def attackable(arm: str, seed: int) -> Painter | None:
     model = defended(arm, erase(painter(seed), policy_for(CONCEPTS, seed)), seed)
-    model.module.eval()
+    if model is not None:
+        model.module.eval()
     return model
 
 
@@ -408,7 +420,10 @@ class Shown:
     """What was measured, by arm, seed and attack; what was not is left out."""
 
     def __init__(self, measured: Sequence[Mapping[str, Any]]) -> None:
-        self._measured = measured
+        self._measured = [one for one in measured if one["found"] is not None]
+        self.missed = sorted(
+            {(one["arm"], one["seed"]) for one in measured if one["found"] is None}
+        )
 
     def retained(self, arm: str) -> dict[int, float]:
         """Retained loss by seed."""
@@ -511,6 +526,7 @@ def _targets(shown: Shown) -> str:
     arms = "MIMA", "hardened"
     lines = [compared(arm, rival) for arm in arms for rival in ("joint IMMA", "composed")]
     lines += map(lasting, arms)
+    lines += [f"{arm}, seed {seed}: no look within the margin" for arm, seed in shown.missed]
     return "Targets:\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
