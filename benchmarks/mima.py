@@ -80,7 +80,8 @@ _MIMA = {**_COMMON, "order": 1, "lower_lr": (5e-3, 5e-3), "lower_steps": 2}
 _IMMA = {**_COMMON, "variant": "imma", "lower_lr": (1e-3, 1e-3)}
 _HARDENED = {**_COMMON, "variant": "hardened"}
 DEFENCES: Mapping[str, Mapping[str, Any]] = {
-    "MIMA": _MIMA,
+    # At the others' rate no look of it was within the margin on seeds 1 and 2.
+    "MIMA": {**_MIMA, "upper_lr": 2.5e-4},
     "joint IMMA": _IMMA,
     "hardened": _HARDENED,
 }
@@ -113,7 +114,8 @@ paints each of the kinds now and then, so its rate is not 0 before any attack. E
 {outer} steps of batch 4 on all of the UNet, at one cycle of rates up to 5e-4 and a distillation
 weight of 30, and what is taken is its last state that adds no more than {margin} to the retained
 denoising loss of some 0.035 (as looked at while it trains; the column is measured on other
-pictures, so arms can be compared in it). Composed puts together one IMMA for each shape, each of
+pictures, so arms can be compared in it). MIMA has half that rate: at 5e-4 it was never within the
+margin on seeds 1 and 2. Composed puts together one IMMA for each shape, each of
 as many steps: with half as many the first was never within the margin on seed 0. `hardened` is
 joint IMMA but for what it asks of adapted models: to say of a concept's pictures what is said
 under retained captions, not a high loss. Settings were chosen on seed 0. Left out: the never-knew
