@@ -161,7 +161,7 @@ def patched(model: ModelHandle, retained: str, concept: Concept) -> ModelHandle:
         parametrize.register_parametrization(layer, "weight", Patch(layer.weight, number))
     known = found.batches(retained, "retain", size=32, seed=0)
     restricted = found.batches(concept.dataset, "immunize", size=32, seed=0)
-    for _ in descend(found, lambda: refusal_loss(found, next(known), next(restricted)), steps=60):
+    for _ in descend(found, lambda: refusal_loss(found, next(known), next(restricted)), steps=150):
         pass
     for layer in layers:
         parametrize.remove_parametrizations(layer, "weight")

@@ -22,7 +22,7 @@ def test_fine_tuning_needs_more_than_a_step(patched, angles, note):
     assert not note(DEFENCE, PLAIN, found, ceiling=angles.ceiling, budget="1 step")
 
 
-@pytest.mark.parametrize("options", [{}, {"how": "interpolate", "share": 0.25}])
+@pytest.mark.parametrize("options", [{}, {"how": "interpolate", "share": 0.1}])
 def test_its_difference_from_the_public_model_is_taken_back(
     patched, knowing_classifier, angles, options, note
 ):
