@@ -240,6 +240,7 @@ class Evidence(_Value):
         ceilings: Resolved ceiling of each target.
         change: Distance between the two.
         unavailable: Arms that could not be had, and why.
+        unrunnable: Precisions that could not be run where this was gathered, and why.
         overlap: Share of each target's examples that stand in the retained data too: exact and
             near duplicates.
         near_overlap: The same for near duplicates.
@@ -261,6 +262,7 @@ class Evidence(_Value):
     ceilings: Mapping[str, float]
     change: Change
     unavailable: Mapping[Arm, str] = {}
+    unrunnable: Mapping[Precision, str] = {}
     overlap: Mapping[str, float] = {}
     near_overlap: Mapping[str, float] = {}
     planned: int = Field(ge=0)

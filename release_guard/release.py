@@ -31,6 +31,12 @@ class Check:
     result: Result
     detail: str
 
+    @property
+    def precision(self) -> str:
+        """The precision it is about, as in `...@nf4`; empty: it is about all of them."""
+        kind, at = self.name.partition("/")[0], self.name.rpartition("@")
+        return at[2] if at[1] and kind != "stages" else ""  # a stage's name is anybody's words
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -89,25 +95,41 @@ class Verdict:
         strengths: kappa and sigma for each target and precision.
         claim: The one generated sentence a card may carry.
         not_tested: What nobody tried, one sentence each.
+        left_out: Precisions that are not published though the release is; their checks refuse
+            nothing else.
     """
 
     checks: Sequence[Check]
     strengths: Sequence[Strength] = ()
     claim: str = ""
     not_tested: Sequence[str] = ()
+    left_out: Sequence[str] = ()
+
+    @property
+    def counted(self) -> Sequence[Check]:
+        """The checks of what is to be published: all, but those of precisions left out."""
+        return tuple(check for check in self.checks if check.precision not in self.left_out)
 
     @property
     def result(self) -> Result:
         """FAIL if anything failed, PASS if there are checks and all passed."""
-        results = {check.result for check in self.checks}
+        results = {check.result for check in self.counted}
         if Result.FAIL in results:
             return Result.FAIL
+        if self.left_out and not any(check.precision for check in self.counted):
+            return Result.INCONCLUSIVE  # nothing is left to be published
         return Result.PASS if results == {Result.PASS} else Result.INCONCLUSIVE
 
     @property
     def passed(self) -> bool:
-        """Non-empty and every check PASS."""
+        """Non-empty and every check that counts PASS."""
         return self.result is Result.PASS
+
+    def published(self, precisions: Sequence[str]) -> tuple[str, ...]:
+        """Those of the policy's precisions that may go out; none unless it passed."""
+        if not self.passed:
+            return ()
+        return tuple(each for each in precisions if each not in self.left_out)
 
 
 @dataclass(frozen=True)
