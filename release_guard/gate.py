@@ -2,7 +2,8 @@
 
 Each check stands for itself: a PASS needs all of them, at every target and precision, so no level
 has to be corrected for their number. FAIL says that something was shown against the release,
-INCONCLUSIVE that something could not be shown for it; both refuse.
+INCONCLUSIVE that something could not be shown for it; both refuse. If the policy lets them, they
+refuse only the precision that they are about, and every finer one (`precisions`).
 
 A collapse under attack is an attack that came to nothing, and an attacker would try other options:
 so it is no breach. It is no resistance either: if more than half of a family's trials collapse on
@@ -14,6 +15,7 @@ undefended model and none that was tried breaches the release (`usefulness` says
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from release_guard.admission import admission
@@ -23,10 +25,11 @@ from release_guard.composition import composition
 from release_guard.distributions import clopper_pearson
 from release_guard.evidence import Arm, Evidence, Retention
 from release_guard.policy import Policy, Precision
+from release_guard.precisions import consistent, left_out, unrun
 from release_guard.release import Check, Interval, Result, Strength, Verdict
 from release_guard.statistics import REFUTING_SEEDS, retained_loss
 from release_guard.strength import MIN_HEAD_START, control, strengths
-from release_guard.sweep import Configuration, Place, ended, merges, places
+from release_guard.sweep import Configuration, Place, ended, judged, merges, places
 
 _ROUNDED = 1 - 1e-9  # a ratio that equals its bar reaches it
 
@@ -43,13 +46,15 @@ def gate(evidence: Evidence, policy: Policy) -> Verdict:
         *(check for each in multiplied for check in _multiplied(each, evidence, policy)),
         *arms(found, multiplied, policy),
         *(check for place in merged for check in _merged(place)),
-        *(_retains(evidence, policy, precision) for precision in policy.precisions),
+        *consistent(both, multiplied),
+        *(_retains(evidence, policy, precision) for precision in judged(evidence, policy)),
+        *unrun(evidence, policy),
     )
-    return Verdict(
-        checks,
-        multiplied,
-        claim=claim(Verdict(checks, multiplied), evidence, policy, both),
-        not_tested=not_tested(evidence, policy, both, multiplied),
+    verdict = Verdict(checks, multiplied, left_out=left_out(checks, evidence, policy))
+    return replace(
+        verdict,
+        claim=claim(verdict, evidence, policy, both),
+        not_tested=not_tested(verdict, evidence, policy, both),
     )
 
 
