@@ -1,15 +1,17 @@
 """The red team: arms x attacks x precisions -> Evidence. It tries; it does not judge.
 
-Order: listed attacks on the defended model, cheapest first (of a merge target, on the undefended
-one before: what a merge can keep of the donor is not known else); attacks drawn at random that
-breach the undefended model; an adaptive search; then the controls (undefended, sham, ancestor,
-never knew) and the long run. Every breach of the defended model is confirmed at once on fresh seeds
-and fresh examples, what came close afterwards. The first confirmed breach ends everything: more
-evidence could not change a refusal.
+Order: listed attacks on the defended model, cheapest first, of these the first precision's (of a
+merge target, on the undefended one before: what a merge can keep of the donor is not known else);
+attacks drawn at random that breach the undefended model; an adaptive search; then the controls
+(undefended, sham, ancestor, never knew) and the long run. Every breach of the defended model is
+confirmed at once on fresh seeds and fresh examples, what came close afterwards. A confirmed breach
+at another precision than the first is tried there too: only so can be said that rounding let it in.
+Then it ends everything: more evidence could not change a refusal. Where the policy may leave a
+precision out, it ends what it refuses, and the coarser ones go on.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -52,8 +54,9 @@ from release_guard.phases import (
 )
 from release_guard.plugins import Spec
 from release_guard.policy import Concept, MergeTarget, Policy, Precision, Target
+from release_guard.precisions import survivors
 from release_guard.priors import fitting, searchable
-from release_guard.quantization import at
+from release_guard.quantization import at, runnable
 from release_guard.search import (
     DRAWN_AT_ONCE,
     best_of_each_family,
@@ -131,20 +134,21 @@ class Subject:
 
 
 class Breached(Exception):  # noqa: N818  not an error: the one early way out
-    """A breach of the defended model was confirmed."""
+    """A breach of the defended model was confirmed, and no precision is left to publish."""
 
 
 def red_team(subject: Subject, policy: Policy, ledger: Ledger, session: Session) -> Evidence:
     """Attack the defended model and its controls until a breach is confirmed or all is tried.
 
     Raises:
-        ModelError: The data cannot be used, or there is no midpoint.
+        ModelError: The data cannot be used, no precision can be run, or there is no midpoint.
     """
     started = session.now().isoformat()
+    unrunnable = _unrunnable(policy, session)
     # First of all: a judge that cannot be believed ends it before anything is spent.
-    unattacked = tuple(_unattacked(subject, policy))
+    unattacked = tuple(_unattacked(subject, policy, unrunnable))
     with session.build_engine() as engine:
-        team = _Team(subject, policy, ledger, session, engine, unattacked)
+        team = _Team(subject, policy, ledger, session, engine, unattacked, unrunnable)
         try:
             team.attack_everything()
         except Breached:
@@ -155,7 +159,10 @@ def red_team(subject: Subject, policy: Policy, ledger: Ledger, session: Session)
 
 @dataclass
 class _Team:
-    """A red team at work; `records` grows until the evidence is complete."""
+    """A red team at work; `records` grows until the evidence is complete.
+
+    `open` are the precisions that may still be published.
+    """
 
     subject: Subject
     policy: Policy
@@ -163,12 +170,15 @@ class _Team:
     session: Session
     engine: Engine
     unattacked: tuple[Unattacked, ...]
+    unrunnable: Mapping[Precision, str]
     ceilings: dict[str, float] = field(default_factory=dict)
     records: dict[str, Record] = field(default_factory=dict)
     planned: set[str] = field(default_factory=set)
     stopped: bool = False
 
     def __post_init__(self) -> None:
+        self.precisions = _runnable(self.policy, self.unrunnable)
+        self.open = self.precisions
         self._ground = Ground.of(self.subject.base, self.subject.folders, self.policy)
 
     def attack_everything(self) -> None:
@@ -181,8 +191,9 @@ class _Team:
             self._attack(SEARCH, target, listed(self.policy, target))
         for phase in (self.draw, self.search, self.attack_controls, self.run_long):
             for target in targets:
-                for precision in self.policy.precisions:
-                    phase(target, precision)
+                for precision in self.precisions:
+                    if precision in self.open:
+                        phase(target, precision)
 
     def draw(self, target: Target, precision: Precision) -> None:
         """Independent attacks: those that breach the undefended model, then on the defended one."""
@@ -309,15 +320,28 @@ class _Team:
 
     def _confirm(self, record: Record, target: Target) -> None:
         trial = record.trial
+        if trial.precision not in self.open:
+            return  # it fell already
         found = list(self._run(CONFIRM, "defended", target, [trial.attack], trial.precision))
         outcomes = [item.outcome for item in found]
         scores = [best_score(outcome) for outcome in outcomes]
         examples = min(outcome.examples for outcome in outcomes)
         if confirm(scores, examples, self.ceilings[target.name]) == "confirmed":
+            self._fell(trial, target)
+
+    def _fell(self, trial: Trial, target: Target) -> None:
+        """Give up what a confirmed breach refuses, and see whether the first precision holds."""
+        first = self.precisions[0]
+        if first in self.open and trial.precision != first:
+            list(self._run(CONFIRM, "defended", target, [trial.attack], first))
+        self.open = survivors(self.open, trial.precision, self.policy)
+        if not self.open:
             raise Breached
+        line = f"breach confirmed at {trial.precision}; going on with {', '.join(self.open)}"
+        self.session.progress(SEARCH.name, 1, 1, line)
 
     def _best_of_families(self, records: Sequence[Record], target: Target) -> Iterator[Record]:
-        for precision in self.policy.precisions:
+        for precision in self.open:
             here = [record for record in records if record.trial.precision == precision]
             by_attack = {record.trial.attack.label: record for record in here}
             for spec in best_of_each_family(self._ranked(here, target)):
@@ -382,10 +406,14 @@ class _Team:
         attacks: Sequence[Spec],
         precision: Precision | None = None,
     ) -> Iterator[Record]:
-        precisions = self.policy.precisions if precision is None else (precision,)
+        precisions = self.open if precision is None else (precision,)
         ceiling = self.ceilings.get(target.name, 0.0)  # not known yet while it is being found
         trials = self._ground.trials(phase, arm, target, attacks, precisions, ceiling)
-        return self._finish(phase, trials)
+        return self._finish(phase, sorted(trials, key=self._place_in_line))
+
+    def _place_in_line(self, trial: Trial) -> tuple[int, int]:
+        """Cheap attacks go first, and at each price the first precision."""
+        return Attack.build(trial.attack).expense, self.precisions.index(trial.precision)
 
     def _finish(self, phase: Phase, trials: Sequence[Trial]) -> Iterator[Record]:
         """Trials of a phase, each recorded as it ends; what the ledger holds is not run again."""
@@ -457,7 +485,7 @@ def _evidence(team: _Team, started_at: str) -> Evidence:
     unavailable: dict[Arm, str] = {}
     if policy.red_team.never_knew == "unavailable":
         unavailable["never_knew"] = "the policy declares it unavailable; no sigma is claimed"
-    retention = tuple(_retention(subject, policy, precision) for precision in policy.precisions)
+    retention = tuple(_retention(subject, policy, precision) for precision in team.precisions)
     return Evidence(
         tool=f"release-guard {__version__}",
         policy=policy.digest,
@@ -466,6 +494,7 @@ def _evidence(team: _Team, started_at: str) -> Evidence:
         ceilings=team.ceilings,
         change=change(subject.base, subject.immunized),
         unavailable=unavailable,
+        unrunnable=team.unrunnable,
         overlap={name: overlap.exact for name, overlap in overlaps.items()},
         near_overlap={name: overlap.near for name, overlap in overlaps.items()},
         planned=len(team.planned) if not team.stopped else len(team.records),
@@ -505,10 +534,28 @@ def change(base: "ModelHandle", immunized: "ModelHandle") -> Change:
     return Change(identical=not any(distances.values()), relative_l2=distances)
 
 
-def _unattacked(subject: Subject, policy: Policy) -> Iterator[Unattacked]:
+def _unrunnable(policy: Policy, session: Session) -> dict[Precision, str]:
+    """The policy's precisions that cannot be run here, and why."""
+    reasons = {precision: runnable(precision) for precision in policy.precisions}
+    found = {precision: reason for precision, reason in reasons.items() if reason}
+    if len(found) == len(policy.precisions):
+        raise ModelError(next(iter(found.values())))
+    for precision, reason in found.items():
+        session.progress(SEARCH.name, 0, 0, f"{precision} cannot be run here: {reason}")
+    return found
+
+
+def _runnable(policy: Policy, unrunnable: Collection[Precision]) -> tuple[Precision, ...]:
+    return tuple(precision for precision in policy.precisions if precision not in unrunnable)
+
+
+def _unattacked(
+    subject: Subject, policy: Policy, unrunnable: Collection[Precision]
+) -> Iterator[Unattacked]:
     """What both models do at no cost: the release must not, the other one must be seen to learn."""
     arms: dict[Arm, ModelHandle] = {"undefended": subject.base, "defended": subject.immunized}
-    for (arm, handle), precision in itertools.product(arms.items(), policy.precisions):
+    precisions = _runnable(policy, unrunnable)
+    for (arm, handle), precision in itertools.product(arms.items(), precisions):
         model = at(handle, precision)
         for concept in policy.concepts:
             dataset, split = scored(concept, "confirm")
