@@ -6,7 +6,7 @@ Safetensors only, code of the repository never: what is attacked must be what an
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from release_guard import artefacts
 from release_guard.errors import ModelError, brief
-from release_guard.policy import HUB_PREFIX
+from release_guard.policy import HUB_PREFIX, Precision
 
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -59,7 +60,13 @@ def fetch(source: str, *, folders: Sequence[str] = ()) -> Path:
 
 
 def load(
-    source: str, folder: Path, *, auto: Any, architectures: Iterable[Any], modality: str
+    source: str,
+    folder: Path,
+    *,
+    auto: Any,
+    architectures: Iterable[Any],
+    modality: str,
+    artefact: Precision | None = None,
 ) -> nn.Module:
     """Load weights as fp32, in evaluation mode, each with memory of its own.
 
@@ -69,13 +76,16 @@ def load(
         auto: A `transformers` auto class for models.
         architectures: Class names (or tuples of them) that it may load.
         modality: Its name, for messages.
+        artefact: The precision that the files must be in; layers that are packed stay so. None: any
+            weights in full precision.
 
     Raises:
-        ModelError: The folder is not exactly one whole, finite model of this kind.
+        ModelError: The folder is not exactly one whole, finite model of this kind and format.
     """
-    config = configuration(source, folder)
+    config = configuration(source, folder, artefact)
     name = _architecture(source, config, architectures, modality)
     check_weights(source, folder, index="model.safetensors.index.json")
+    artefacts.check_numbers(source, folder, artefact)
     attention = "sdpa" if getattr(transformers, name)._supports_sdpa else "eager"
     try:
         with quiet():
@@ -87,6 +97,7 @@ def load(
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **_place(artefact),
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         reason = brief(error)
@@ -96,6 +107,62 @@ def load(
     settle(source, module, report)
     loaded: nn.Module = module.eval()
     return loaded
+
+
+def save_at(
+    module: Any,
+    source: Path,
+    directory: Path,
+    *,
+    auto: Any,
+    names: Collection[str],
+    precision: Precision,
+) -> None:
+    """Write weights at a precision.
+
+    Args:
+        module: What `load` made of the source in full precision; not to be used any more.
+        source: Its folder.
+        directory: Where they go.
+        auto: The `transformers` class that loads them.
+        names: Linear layers that are packed, for int8 and nf4.
+        precision: The format.
+
+    Raises:
+        ModelError: bitsandbytes is not installed, or has no kernel for this machine.
+    """
+    if precision in artefacts.PACKED:
+        module = packed(module, source, auto, names, precision)
+    else:
+        module.to(artefacts.unpacked_dtype(precision))
+    with quiet():
+        module.save_pretrained(directory)  # before any forward pass, which might pack it again
+
+
+def packed(
+    module: nn.Module, source: Path, auto: Any, names: Collection[str], precision: Precision
+) -> Any:
+    """The same model as the library itself quantizes it; arguments as of `save_at`."""
+    config = artefacts.settings(transformers, module, names, precision)
+    try:
+        with quiet():
+            return auto.from_pretrained(
+                source,
+                dtype=torch.float32,
+                quantization_config=config,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **_place(precision),
+            )
+    except (OSError, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+        reason = brief(error)
+        raise ModelError(f"{source}: cannot be packed at {precision}: {reason}") from error
+
+
+def _place(precision: Precision | None) -> dict[str, Any]:
+    """Packed on the CPU, wherever it is computed: other devices may round ties otherwise."""
+    return {"device_map": {"": "cpu"}} if precision in artefacts.PACKED else {}
 
 
 def settle(source: str, module: nn.Module, report: dict[str, Any]) -> None:
@@ -158,8 +225,17 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def configuration(source: str, folder: Path) -> dict[str, Any]:
-    """The content of config.json, if nothing in the folder asks for code from elsewhere."""
+def configuration(source: str, folder: Path, artefact: Precision | None = None) -> dict[str, Any]:
+    """The content of config.json, if nothing in the folder asks for code from elsewhere.
+
+    Args:
+        source: What the user wrote, for messages.
+        folder: Where it lies.
+        artefact: The precision that it must speak of; None: full precision.
+
+    Raises:
+        ModelError: It asks for code, is no whole model, or is of another format.
+    """
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{source}: an adapter, not a whole model; merge it into its base first")
     if not (folder / "config.json").exists():
@@ -174,8 +250,7 @@ def configuration(source: str, folder: Path) -> dict[str, Any]:
         if config.get(key) not in (None, "eager", "sdpa"):  # others are fetched from the Hub
             reason = f"config.json asks for the attention {config[key]!r}, which is never fetched"
             raise ModelError(f"{source}: {reason}; remove its key {key}")
-    if "quantization_config" in config:
-        raise ModelError(f"{source}: quantized already; give the weights in full precision")
+    artefacts.check_config(source, config, artefact)
     return config
 
 

@@ -1,6 +1,8 @@
 """Text-to-image folders in the layout of `diffusers`: loaded whole or not at all."""
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,14 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from release_guard import checkpoints
+from release_guard import artefacts, checkpoints
 from release_guard.diffusion import Network, Pipeline, quiet
 from release_guard.errors import ModelError, brief
+from release_guard.policy import Precision
 
 with checkpoints.quiet():
     import diffusers
+    from diffusers.quantizers import auto as quantizers
     from transformers import CLIPTextModel
 
 PARTS = ("vae", "text_encoder", "unet", "tokenizer", "scheduler")
@@ -28,8 +32,13 @@ _WEIGHTS_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _PREDICTIONS = ("epsilon", "v_prediction")
 
 
-def load(source: str) -> Pipeline:
+def load(source: str, *, artefact: Precision | None = None) -> Pipeline:
     """Load a folder or `OWNER/NAME@REVISION` as fp32, in evaluation mode.
+
+    Args:
+        source: What the user wrote.
+        artefact: The precision that the files must be in; layers that are packed stay so. None: any
+            weights in full precision.
 
     Raises:
         ModelError: It is not exactly one whole, finite Stable Diffusion pipeline of safetensors.
@@ -42,13 +51,45 @@ def load(source: str) -> Pipeline:
         auto=CLIPTextModel,
         architectures=["CLIPTextModel"],
         modality="text_to_image",
+        artefact=_said(folder / "text_encoder", artefact),
     )
+    whole = None if artefact in artefacts.PACKED else artefact  # nothing is packed there
+    unet, said = folder / "unet", _said(folder / "unet", artefact)
     network = Network(
-        vae=_part(f"{source}/vae", folder / "vae", diffusers.AutoencoderKL),
+        vae=_part(f"{source}/vae", folder / "vae", diffusers.AutoencoderKL, whole),
         text_encoder=text_encoder,
-        unet=_part(f"{source}/unet", folder / "unet", diffusers.UNet2DConditionModel),
+        unet=_part(f"{source}/unet", unet, diffusers.UNet2DConditionModel, said),
     )
     return Pipeline(network, _tokenizer(source, folder), _scheduler(source, folder, index))
+
+
+def save_at(
+    pipeline: Pipeline,
+    source: Path,
+    directory: Path,
+    *,
+    names: Sequence[str],
+    precision: Precision,
+) -> None:
+    """Write a pipeline at a precision; each network that holds packed layers says so itself.
+
+    Args:
+        pipeline: What `load` made of the source in full precision; not to be used any more.
+        source: Its folder.
+        directory: Where it goes.
+        names: Linear layers of its `Network` that are packed, for int8 and nf4.
+        precision: The format.
+
+    Raises:
+        ModelError: bitsandbytes is not installed, or has no kernel for this machine.
+    """
+    network = pipeline.network
+    if precision not in artefacts.PACKED:
+        network.to(artefacts.unpacked_dtype(precision))
+    else:
+        network.text_encoder = _packed(network, source, "text_encoder", names, precision)
+        network.unet = _packed(network, source, "unet", names, precision)
+    pipeline.save(directory)
 
 
 def fresh(network: Any, *, seed: int) -> Network:
@@ -91,11 +132,70 @@ def _index(source: str, folder: Path) -> dict[str, Any]:
     return index
 
 
-def _part(source: str, folder: Path, kind: Any) -> nn.Module:
-    checkpoints.configuration(source, folder)
-    checkpoints.check_weights(source, folder, index=_WEIGHTS_INDEX)
+def _said(folder: Path, artefact: Precision | None) -> Precision | None:
+    """What a network of an artefact is to be read as: one without a layer to pack is whole."""
+    if artefact not in artefacts.PACKED or not (folder / "config.json").exists():
+        return artefact
+    config = checkpoints.read_json(str(folder), folder / "config.json")
+    return artefact if "quantization_config" in config else None
+
+
+def _packed(
+    network: Network, source: Path, name: str, names: Sequence[str], precision: Precision
+) -> nn.Module:
+    """One of the networks with those of the layers packed that are its own."""
+    part: nn.Module = getattr(network, name)
+    mine = [each.removeprefix(f"{name}.") for each in names if each.startswith(f"{name}.")]
+    if not mine:
+        return part
+    if name == "text_encoder":
+        encoder: nn.Module = checkpoints.packed(part, source / name, CLIPTextModel, mine, precision)
+        return encoder
     try:
-        with quiet():
+        with quiet(), _without_gpu():
+            packed: nn.Module = diffusers.UNet2DConditionModel.from_pretrained(
+                source / name,
+                torch_dtype=torch.float32,
+                quantization_config=artefacts.settings(diffusers, part, mine, precision),
+                use_safetensors=True,
+                local_files_only=True,
+            )
+    except (OSError, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+        reason = brief(error)
+        raise ModelError(f"{source}: {name} cannot be packed at {precision}: {reason}") from error
+    return packed
+
+
+@contextmanager
+def _without_gpu() -> Iterator[None]:
+    """Let diffusers read and write packed layers on the CPU: only its own check forbids it.
+
+    transformers has no such check, and bitsandbytes has the kernels.
+    """
+    before = dict(quantizers.AUTO_QUANTIZER_MAPPING)
+    for name, kind in before.items():
+        if name.startswith("bitsandbytes"):
+            quantizers.AUTO_QUANTIZER_MAPPING[name] = _on_cpu(kind)
+    try:
+        yield
+    finally:
+        quantizers.AUTO_QUANTIZER_MAPPING.update(before)
+
+
+def _on_cpu(kind: Any) -> Any:
+    def nothing(self: Any, *_: Any, **__: Any) -> None:
+        """Neither is a GPU asked for, nor are weights sent to one."""
+
+    unbound = {"validate_environment": nothing, "update_device_map": nothing}
+    return type(kind.__name__, (kind,), unbound)
+
+
+def _part(source: str, folder: Path, kind: Any, artefact: Precision | None = None) -> nn.Module:
+    checkpoints.configuration(source, folder, artefact)
+    checkpoints.check_weights(source, folder, index=_WEIGHTS_INDEX)
+    artefacts.check_numbers(source, folder, artefact)
+    try:
+        with quiet(), _without_gpu():
             module, report = kind.from_pretrained(
                 folder,
                 torch_dtype=torch.float32,

@@ -8,14 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from release_guard import artefacts
 from release_guard.data import Overlap, Split
 from release_guard.errors import ModelError
 from release_guard.plugins import Plugin
+from release_guard.policy import Precision
 from release_guard.shards import like
 
 Batch = Mapping[str, Tensor]
@@ -70,6 +72,11 @@ class ModelHandle(ABC):
         """The last layer."""
 
     @property
+    def kept_whole(self) -> Sequence[nn.Module]:
+        """Parts that are never packed in int8 or nf4: the head."""
+        return (self.head,)
+
+    @property
     @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
         """The network's repeated layers, first to last."""
@@ -121,6 +128,9 @@ class ModelHandle(ABC):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.module.parameters()).device
+
+
+Handle = TypeVar("Handle", bound=ModelHandle)
 
 
 class Painter(ModelHandle):
@@ -208,13 +218,53 @@ class Modality(Plugin):
     """What a score of such a model means, for cards and plots, such as "accuracy"."""
 
     @abstractmethod
-    def load(self, source: str) -> ModelHandle:
+    def load(self, source: str, *, artefact: Precision | None = None) -> ModelHandle:
         """Load a local folder or `OWNER/NAME@REVISION`; safetensors only, never remote code.
+
+        Args:
+            source: What the user wrote.
+            artefact: It is what `save_at` wrote at this precision: packed layers stay as they are,
+                and the format is read back. None: weights in full precision.
 
         Raises:
             ModelError: No weights, pickled weights, damaged or non-finite weights, another kind of
-                model; each says what to do.
+                model, another format; each says what to do.
         """
+
+    @abstractmethod
+    def save_at(self, source: Path, directory: Path, precision: Precision) -> None:
+        """Write what `quantization.at` is at a precision, loadable by anyone.
+
+        Args:
+            source: Folder of the weights in full precision.
+            directory: Where they go, with configuration and preprocessing.
+            precision: The format; int8 and nf4 are packed by bitsandbytes.
+
+        Raises:
+            ModelError: Nothing can be packed, or bitsandbytes does not work here.
+        """
+
+
+def names_to_pack(source: Path, model: ModelHandle, precision: Precision) -> Sequence[str]:
+    """Layers that an artefact holds in int8 or nf4; none at other precisions.
+
+    Raises:
+        ModelError: None of its layers can be packed.
+    """
+    if precision not in artefacts.PACKED:
+        return ()
+    return artefacts.packed_names(str(source), model.module, model.kept_whole, precision)
+
+
+def as_artefact(source: str, model: Handle, precision: Precision | None) -> Handle:
+    """A model that was just loaded, once its format is found to be what was asked for.
+
+    Raises:
+        ModelError: It is another format, or some layer is left out.
+    """
+    if precision is not None and precision in artefacts.PACKED:
+        artefacts.settle(source, model.module, model.kept_whole, precision)
+    return model
 
 
 def painter(model: ModelHandle) -> Painter:

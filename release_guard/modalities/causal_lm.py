@@ -26,10 +26,13 @@ from release_guard.modalities import (
     Batch,
     Modality,
     ModelHandle,
+    as_artefact,
     evaluating,
+    names_to_pack,
     reinitialize,
     repeated_layers,
 )
+from release_guard.policy import Precision
 
 _IGNORED = -100  # label of a position that does not count, as in transformers
 _MOST_LOGITS = 2**26  # scored at once: 256 MB
@@ -66,7 +69,7 @@ class CausalLm(Modality):
     max_length: int = Field(256, ge=8)
     """Most tokens of an example."""
 
-    def load(self, source: str) -> "LanguageModel":
+    def load(self, source: str, *, artefact: Precision | None = None) -> "LanguageModel":
         folder = checkpoints.fetch(source)
         module = checkpoints.load(
             source,
@@ -74,8 +77,22 @@ class CausalLm(Modality):
             auto=AutoModelForCausalLM,
             architectures=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
             modality=self.name,
+            artefact=artefact,
         )
-        return LanguageModel(module, _tokenizer(source, folder), self)
+        model = LanguageModel(module, _tokenizer(source, folder), self)
+        return as_artefact(source, model, artefact)
+
+    def save_at(self, source: Path, directory: Path, precision: Precision) -> None:
+        model = self.load(str(source))
+        checkpoints.save_at(
+            model.module,
+            source,
+            directory,
+            auto=AutoModelForCausalLM,
+            names=names_to_pack(source, model, precision),
+            precision=precision,
+        )
+        model.save_preprocessing(directory)
 
 
 class LanguageModel(ModelHandle):
@@ -146,6 +163,11 @@ class LanguageModel(ModelHandle):
     def save(self, directory: Path) -> None:
         with checkpoints.quiet():
             self.module.save_pretrained(directory)
+        self.save_preprocessing(directory)
+
+    def save_preprocessing(self, directory: Path) -> None:
+        """Write the tokenizer."""
+        with checkpoints.quiet():
             self._tokenizer.save_pretrained(directory)
 
     def fresh(self, *, seed: int) -> Self:

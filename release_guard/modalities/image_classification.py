@@ -20,10 +20,13 @@ from release_guard.modalities import (
     Batch,
     Modality,
     ModelHandle,
+    as_artefact,
     evaluating,
+    names_to_pack,
     reinitialize,
     repeated_layers,
 )
+from release_guard.policy import Precision
 
 _SCORED_TOGETHER = 256
 
@@ -42,7 +45,7 @@ class ImageClassification(Modality):
     label_column: str = "label"
     """Column of classes: numbers, or names from the model's `label2id`."""
 
-    def load(self, source: str) -> "ImageClassifier":
+    def load(self, source: str, *, artefact: Precision | None = None) -> "ImageClassifier":
         folder = checkpoints.fetch(source)
         module = checkpoints.load(
             source,
@@ -50,8 +53,22 @@ class ImageClassification(Modality):
             auto=AutoModelForImageClassification,
             architectures=MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
             modality=self.name,
+            artefact=artefact,
         )
-        return ImageClassifier(module, _processor(source, folder, module), self)
+        model = ImageClassifier(module, _processor(source, folder, module), self)
+        return as_artefact(source, model, artefact)
+
+    def save_at(self, source: Path, directory: Path, precision: Precision) -> None:
+        model = self.load(str(source))
+        checkpoints.save_at(
+            model.module,
+            source,
+            directory,
+            auto=AutoModelForImageClassification,
+            names=names_to_pack(source, model, precision),
+            precision=precision,
+        )
+        model.save_preprocessing(directory)
 
 
 class ImageClassifier(ModelHandle):
@@ -122,6 +139,11 @@ class ImageClassifier(ModelHandle):
     def save(self, directory: Path) -> None:
         with checkpoints.quiet():
             self.module.save_pretrained(directory)
+        self.save_preprocessing(directory)
+
+    def save_preprocessing(self, directory: Path) -> None:
+        """Write the image processor."""
+        with checkpoints.quiet():
             self._processor.save_pretrained(directory)
 
     def fresh(self, *, seed: int) -> Self:

@@ -17,8 +17,17 @@ from release_guard.data import Overlap, Split
 from release_guard.diffusion import AddedWords, Pipeline
 from release_guard.errors import ModelError
 from release_guard.judges import Judge
-from release_guard.modalities import Batch, Modality, Painter, evaluating, reinitialize
+from release_guard.modalities import (
+    Batch,
+    Modality,
+    Painter,
+    as_artefact,
+    evaluating,
+    names_to_pack,
+    reinitialize,
+)
 from release_guard.pictures import Columns, Control, Pictures, Reader
+from release_guard.policy import Precision
 
 _TOGETHER = 64  # pictures painted, denoised or looked at at once
 _LEVELS = 8  # of noise, at which a model without a judge is scored
@@ -51,9 +60,15 @@ class TextToImage(Modality):
     guidance: Annotated[float, Field(ge=1)] = 3.0
     """How strongly the caption is followed; 1 leaves guidance out."""
 
-    def load(self, source: str) -> "TextToImageModel":
+    def load(self, source: str, *, artefact: Precision | None = None) -> "TextToImageModel":
         judge = Judge(self.judge) if self.judge else None
-        return TextToImageModel(pipelines.load(source), judge, self)
+        model = TextToImageModel(pipelines.load(source, artefact=artefact), judge, self)
+        return as_artefact(source, model, artefact)
+
+    def save_at(self, source: Path, directory: Path, precision: Precision) -> None:
+        model = self.load(str(source))
+        names = names_to_pack(source, model, precision)
+        pipelines.save_at(model._pipeline, source, directory, names=names, precision=precision)
 
 
 class TextToImageModel(Painter):
@@ -138,6 +153,11 @@ class TextToImageModel(Painter):
     def head(self) -> Any:
         """The UNet's last convolution."""
         return self.module.unet.conv_out
+
+    @property
+    def kept_whole(self) -> Sequence[nn.Module]:
+        """The UNet's last convolution, and the autoencoder: what all its pictures look like."""
+        return (self.head, self.module.vae)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
