@@ -59,6 +59,7 @@ def attempts(evidence: Evidence, policy: Policy) -> Json:
         "controls": controls,
         "voided": void,
         "unavailable": dict(evidence.unavailable),
+        "unrunnable": dict(evidence.unrunnable),
     }
 
 

@@ -1,6 +1,6 @@
 """Evidence and verdict as in-toto predicates. Pure: every field is derived, none is typed in."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 
 from release_guard import particulars
@@ -32,7 +32,8 @@ def resistance(
         **files,
         "baseModel": {"name": "base", "digest": {"sha256": evidence.base}},
         "modality": policy.modality.name,
-        "precisions": list(policy.precisions),
+        "precisions": [each for each in policy.precisions if each not in verdict.left_out],
+        "leftOut": list(verdict.left_out),
         "stages": [stage.model_dump(mode="json") for stage in evidence.stages],
         "budget": {"unit": budget.unit, "limit": budget.limit},
         **particulars.data(evidence, policy),
@@ -55,9 +56,12 @@ def resistance(
 
 
 def test_result(verdict: Verdict, policy: Descriptor) -> Json:
-    """Predicate test-result v0.1. Never `WARNED`, which consumers read as passed."""
-    passed = [check.name for check in verdict.checks if check.result is Result.PASS]
-    failed = [check.name for check in verdict.checks if check.result is not Result.PASS]
+    """Predicate test-result v0.1. Never `WARNED`, which consumers read as passed.
+
+    Of precisions that are left out it says nothing.
+    """
+    passed = [check.name for check in verdict.counted if check.result is Result.PASS]
+    failed = [check.name for check in verdict.counted if check.result is not Result.PASS]
     return {
         "result": "PASSED" if verdict.passed else "FAILED",
         "configuration": [policy],
@@ -72,9 +76,10 @@ def svr(evidence: Evidence, verdict: Verdict, policy: Policy, descriptor: Descri
 
     A family that is void at some place has no check there, so it does not hold everywhere.
     """
-    names = {check.name for check in verdict.checks}
+    names = {check.name for check in verdict.counted}
+    published = verdict.published(policy.precisions)
     families: dict[str, list[bool]] = {}
-    for check in verdict.checks:
+    for check in verdict.counted:
         kind, _, rest = check.name.partition("/")
         if kind == "resists":
             families.setdefault(rest.partition("/")[0], []).append(check.result is Result.PASS)
@@ -85,18 +90,18 @@ def svr(evidence: Evidence, verdict: Verdict, policy: Policy, descriptor: Descri
         "properties": sorted(
             svr_property(family, budget, evidence.suite)
             for family, held in families.items()
-            if all(held) and verdict.passed and _judged_at(family, policy) <= names
+            if all(held) and verdict.passed and _judged_at(family, policy, published) <= names
         ),
     }
 
 
-def _judged_at(family: str, policy: Policy) -> set[str]:
-    """The checks of a family at all targets it is listed for, at every precision."""
+def _judged_at(family: str, policy: Policy, published: Iterable[str]) -> set[str]:
+    """The checks of a family at all targets it is listed for, at every precision published."""
     return {
         f"resists/{family}/{target.name}@{precision}"
         for target in policy.targets
         if any(attack.family == family for attack in policy.aimed_at(target))
-        for precision in policy.precisions
+        for precision in published
     }
 
 
