@@ -2,13 +2,14 @@
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from release_guard.modalities import ModelHandle
-from release_guard.simulation import Attacker, Drawn
+from release_guard.policy import Format
+from release_guard.simulation import Attacker, Drawn, riding
 
 
 @dataclass
@@ -20,6 +21,8 @@ class Crew:
         horizon: Fewest and most steps after which one begins anew.
         lr: Range of their learning rates, drawn log-uniformly.
         num_concepts: How many concepts there are to be after.
+        formats: What they have the released weights in, with weights.
+        packed_share: Share of those with int8 or four bits that train adapters beside them.
         at_work: Those who have begun.
     """
 
@@ -27,6 +30,8 @@ class Crew:
     horizon: tuple[int, int]
     lr: tuple[float, float]
     num_concepts: int
+    formats: Mapping[Format, float]
+    packed_share: float
     at_work: list[Attacker] = field(default_factory=list)
 
     def next(self, theta: ModelHandle, turn: int, *, seed: int) -> Attacker:
@@ -42,15 +47,9 @@ class Crew:
             self.at_work[place : place + 1] = [Attacker.of(_free(theta), self._draw(seed), seed=0)]
         return self.at_work[place]
 
-    @contextmanager
-    def riding(self, theta: ModelHandle) -> Iterator[None]:
+    def riding(self, theta: ModelHandle) -> AbstractContextManager[None]:
         """They move as the released weights do while inside."""
-        parameters = list(theta.module.parameters()) if self.at_work else []
-        before = [parameter.detach().clone() for parameter in parameters]
-        yield
-        moves = [now.detach() - old for now, old in zip(parameters, before, strict=True)]
-        for attacker in self.at_work:
-            attacker.ride(moves)
+        return riding(theta, self.at_work) if self.size else nullcontext()
 
     def kept(self) -> list[dict[str, Any]]:
         """Everything that fixes how they go on."""
@@ -63,12 +62,13 @@ class Crew:
     def _draw(self, seed: int) -> Drawn:
         chance = random.Random(seed)  # noqa: S311
         low, high = map(math.log, self.lr)
-        return Drawn(
+        drawn = Drawn(
             adam=True,
             lr=math.exp(chance.uniform(low, high)),
             life=chance.randint(*self.horizon),
             concept=chance.randrange(self.num_concepts),
         )
+        return drawn.having(self.formats, self.packed_share, chance)
 
 
 def _free(theta: ModelHandle) -> ModelHandle:

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from release_guard.data import Split
 from release_guard.errors import ImmunizationError
 from release_guard.evidence import Cost
 from release_guard.modalities import Batch, ModelHandle, State
-from release_guard.policy import Policy
+from release_guard.policy import Format, Policy
+from release_guard.quantization import aware, is_aware, require_layers, turn
 from release_guard.sharding import forms
 from release_guard.shards import agree, are_finite, leads, parted, portable, world
 
@@ -56,6 +57,10 @@ class Training(ABC):
     Every random choice MUST come from `seed` or `batch`: then a resumed run equals one that was
     never interrupted.
 
+    Where the policy speaks of other formats than fp32, `theta` is seen through one of them at each
+    step, drawn with the policy's weights: its weights are rounded whenever they are used, and
+    gradients go straight through. Its copies turn with it.
+
     Attributes:
         theta: The weights to be released, in training mode.
         base: A copy of the model as it was, in evaluation mode.
@@ -76,7 +81,7 @@ class Training(ABC):
         self.policy = policy
         self.base = base.copy()
         self.base.module.eval()
-        self.theta = base.copy()
+        self.theta = _seen_in(policy.seen_in, base)
         self.theta.module.train()
         self.step = 0
         parts = "parted " if world() > 1 else ""  # the same to rounding only
@@ -87,6 +92,14 @@ class Training(ABC):
     @abstractmethod
     def advance(self) -> Mapping[str, float]:
         """One step; its losses by name."""
+
+    def form(self, purpose: str) -> Format:
+        """A format drawn for this step and purpose, with the policy's weights."""
+        formats = self.policy.seen_in
+        if len(formats) == 1:
+            return next(iter(formats))
+        chance = random.Random(self.seed(f"format/{purpose}"))  # noqa: S311
+        return chance.choices(list(formats), list(formats.values()))[0]
 
     @abstractmethod
     def changing(self) -> dict[str, Any]:
@@ -143,14 +156,15 @@ class Training(ABC):
         if pace.checkpointing:
             for module in forms(self.theta):
                 recompute_activations(module)
-        start_score = self._score(self.base, pace.probed)
+        start_scores = self._scores(_seen_in(self.policy.seen_in, self.base), pace.probed)
         self._resume(directory)
         while self.step < pace.steps:
             started = time.perf_counter()
             line = self._advance(autocast=pace.autocast)
             if self.step % pace.probe_every == 0 or self.step == pace.steps:
-                lost = start_score - self._score(self.theta, pace.probed)
-                if lost <= self.policy.retain.margin:
+                scores = self._scores(self.theta, pace.probed)
+                lost = [start - now for start, now in zip(start_scores, scores, strict=True)]
+                if max(lost) <= self.policy.retain.margin:
                     self._good = self.theta.state()
             self._spent += Cost(steps=1, samples=0, flops=0, seconds=time.perf_counter() - started)
             if self.step % pace.keep_every == 0:
@@ -168,6 +182,7 @@ class Training(ABC):
 
     def _advance(self, *, autocast: bool) -> str:
         device = self.theta.device
+        turn(self.theta, self.form("step"))
         lower = torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()
         with Randomness(self.seed("noise"), device).used(), lower:  # what dropout draws
             losses = self.advance()
@@ -215,12 +230,26 @@ class Training(ABC):
                 "folder that all of them share"
             )
 
-    def _score(self, model: ModelHandle, limit: int) -> float:
+    def _scores(self, model: ModelHandle, limit: int) -> Sequence[float]:
+        """The retained score in each format that stages see and that is published."""
         training = model.module.training
         model.module.eval()
-        scores = model.scores(self.policy.retain.dataset, "guard", limit=limit)
+        means = []
+        for form in self.policy.precisions if is_aware(model) else ("fp32",):
+            turn(model, form)
+            scores = model.scores(self.policy.retain.dataset, "guard", limit=limit)
+            means.append(sum(scores) / len(scores))
         model.module.train(training)
-        return sum(scores) / len(scores)
+        return means
+
+
+def _seen_in(formats: Iterable[Format], model: ModelHandle) -> ModelHandle:
+    """A copy that can be turned to these formats; an ordinary one if there is none to turn to."""
+    if set(formats) == {"fp32"}:
+        return model.copy()
+    for form in formats:
+        require_layers(model, form)
+    return aware(model)
 
 
 def update(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from release_guard.modalities import Batch, ModelHandle, Painter
+from release_guard.quantization import through
 
 Weights = Mapping[str, Tensor]
 Scope = Literal["cross_attention", "attention", "all"]
@@ -125,20 +126,40 @@ class Attacker:
     """
 
     def __init__(
-        self, drawn: Mapping[str, Any], operator: Operator, theta: Weights, *, seed: int
+        self,
+        drawn: Mapping[str, Any],
+        operator: Operator,
+        theta: Weights,
+        *,
+        seed: int,
+        rounded: Sequence[str] = (),
     ) -> None:
-        """Begin; `drawn` holds its learning rate as `rate` (Adam)."""
+        """Begin.
+
+        Args:
+            drawn: Holds its learning rate as `rate` (Adam), and as `form` the format that it has
+                the released weights in: what it learns beside them is in full precision (QLoRA).
+            operator: What it trains.
+            theta: The released weights.
+            seed: Of what it begins with.
+            rounded: Names of the weights that this format rounds.
+        """
         self.drawn = dict(drawn)
         self.age = 0
         self._operator = operator
+        self._rounded = tuple(rounded)
         begun = operator.begin(theta, seed=seed)
         self._phi = {name: leaf(part) for name, part in begun.items()}
         self._optimizer = torch.optim.Adam(list(self._phi.values()), lr=drawn["rate"], fused=True)
 
     def weights(self, theta: Weights) -> dict[str, Tensor]:
-        """What it has made of the weights that it changes."""
+        """What it has made of the weights that it changes or has rounded.
+
+        The model that they are put into MUST be seen in fp32.
+        """
         fixed = {name: weight.detach() for name, weight in theta.items()}
-        return self._operator.adapted(fixed, self._phi)
+        seen = {name: through(fixed[name], self.drawn["form"]) for name in self._rounded}
+        return seen | self._operator.adapted(fixed | seen, self._phi)
 
     def step(self, model: ModelHandle, theta: Weights, batch: Batch) -> None:
         """One step down the task loss."""

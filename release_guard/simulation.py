@@ -1,13 +1,17 @@
 """Simulated attackers, which a stage meets while it trains.
 
 An attacker is the released weights plus a displacement of its own, which it carries on while those
-weights move.
+weights move. One who has them rounded either trains what comes out of dequantizing, or adapters
+beside the rounded weights (QLoRA, https://arxiv.org/abs/2305.14314), whose rounding follows them.
+
+Shapes: O outputs and I inputs of a layer, R the rank of an adapter.
 """
 
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -15,8 +19,13 @@ from torch import Tensor, nn
 
 from release_guard.adaptation import renew_blocks
 from release_guard.modalities import Batch, ModelHandle, Painter
+from release_guard.policy import Format
+from release_guard.quantization import apart, is_aware, linear_layers, plain
 
 _MOST_RENEWED = 2  # blocks
+_PACKED = ("int8", "nf4", "fp4")  # formats beside which adapters are trained
+_RANK = 8  # of these adapters
+_PLAIN: Mapping[Format, float] = {"fp32": 1.0}
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,8 @@ class Habits:
         momentum: Of SGD.
         reinit_share: Share that begins with a new head.
         renew_share: Share that begins with new weights in the last one or two blocks.
+        formats: What they have the released weights in, with weights.
+        packed_share: Share of those with int8 or four bits that train adapters beside them.
     """
 
     horizon: tuple[int, int]
@@ -39,6 +50,8 @@ class Habits:
     momentum: float
     reinit_share: float
     renew_share: float
+    formats: Mapping[Format, float] = field(default_factory=lambda: _PLAIN)
+    packed_share: float = 0.0
 
     def draw(
         self, *, num_concepts: int, num_blocks: int, own_head: bool, chance: random.Random
@@ -46,7 +59,7 @@ class Habits:
         """One of them; it keeps a head that is not the model's own."""
         adam = chance.random() < self.adam_share
         low, high = self.adam_lr if adam else self.sgd_lr
-        return Drawn(
+        drawn = Drawn(
             adam=adam,
             lr=math.exp(chance.uniform(math.log(low), math.log(high))),
             momentum=self.momentum,
@@ -55,6 +68,7 @@ class Habits:
             life=chance.randint(*self.horizon),
             concept=chance.randrange(num_concepts),
         )
+        return drawn.having(self.formats, self.packed_share, chance)
 
     def _new_blocks(self, num_blocks: int, chance: random.Random) -> int:
         if chance.random() >= self.renew_share:
@@ -74,6 +88,8 @@ class Drawn:
         new_blocks: How many of the last blocks it begins with new weights in.
         life: How many steps it takes.
         concept: Which concept it is after.
+        form: What it has the released weights in when it begins.
+        rank: Of the adapters that it trains beside them; 0: it trains the weights themselves.
     """
 
     adam: bool
@@ -83,6 +99,23 @@ class Drawn:
     new_blocks: int = 0
     life: int = 1
     concept: int = 0
+    form: Format = "fp32"
+    rank: int = 0
+
+    def having(
+        self, formats: Mapping[Format, float], packed_share: float, chance: random.Random
+    ) -> "Drawn":
+        """The same, with the weights in one of these formats; nothing is drawn if there is one.
+
+        Whoever trains adapters begins with no new blocks, which would not be packed.
+        """
+        if len(formats) == 1:
+            return replace(self, form=next(iter(formats)))
+        form = chance.choices(list(formats), list(formats.values()))[0]
+        packed = form in _PACKED and chance.random() < packed_share
+        if packed:
+            return replace(self, form=form, rank=_RANK, new_blocks=0)
+        return replace(self, form=form)
 
 
 def has_own_head(model: ModelHandle) -> bool:
@@ -101,10 +134,12 @@ class Attacker:
     Attributes:
         model: Its copy, in training mode.
         drawn: How it goes about it.
-        optimizer: Of all weights of the copy.
+        optimizer: Of what it trains.
         own: Places of the parameters that it began anew: no function of the released ones.
         life: Steps after which it gives up.
+        adapters: Beside the weights of its copy, where it leaves these as they are.
         age: Steps taken.
+        parameters: Of its copy, in the order of the released ones.
     """
 
     model: ModelHandle
@@ -112,6 +147,7 @@ class Attacker:
     optimizer: torch.optim.Optimizer
     own: frozenset[int]
     life: int
+    adapters: Sequence[Tensor] = ()
     age: int = 0
     parameters: list[nn.Parameter] = field(init=False)
 
@@ -121,7 +157,7 @@ class Attacker:
     @classmethod
     def of(cls, theta: ModelHandle, drawn: Drawn, *, seed: int) -> Self:
         """One that begins now; the seed fixes its new weights."""
-        model = theta.copy()
+        model = _copy_for(theta, drawn)
         renewed: list[nn.Module] = []
         if drawn.new_head:
             model.reinit_head(seed=seed)
@@ -130,15 +166,17 @@ class Attacker:
             renew_blocks(model, drawn.new_blocks, seed=seed)
             renewed += model.blocks[-drawn.new_blocks :]
         model.module.train()
+        adapters = _insert_adapters(model, drawn.rank, seed=seed) if drawn.rank else ()
         parameters = list(model.module.parameters())
+        trained = [*adapters, *_own_head(model)] if adapters else parameters
         optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam(parameters, lr=drawn.lr, fused=True)
+            torch.optim.Adam(trained, lr=drawn.lr, fused=True)
             if drawn.adam
-            else torch.optim.SGD(parameters, lr=drawn.lr, momentum=drawn.momentum)
+            else torch.optim.SGD(trained, lr=drawn.lr, momentum=drawn.momentum)
         )
         new = {id(parameter) for part in renewed for parameter in part.parameters()}
         own = frozenset(place for place, parameter in enumerate(parameters) if id(parameter) in new)
-        return cls(model, drawn, optimizer, own, drawn.life)
+        return cls(model, drawn, optimizer, own, drawn.life, adapters)
 
     @property
     def is_done(self) -> bool:
@@ -148,7 +186,8 @@ class Attacker:
     def step(self, batch: Batch) -> None:
         """One update on the task loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(self.model.loss(batch))
+        with self._frozen():
+            torch.autograd.backward(self.model.loss(batch))
         self.optimizer.step()
         self.age += 1
 
@@ -157,10 +196,10 @@ class Attacker:
 
         Zero where the attacker began anew.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.module.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)  # gradients of sharded weights only come that way
         found = [parameter.grad for parameter in self.parameters]
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.module.zero_grad(set_to_none=True)
         return [
             torch.zeros_like(parameter) if gradient is None or place in self.own else gradient
             for place, (gradient, parameter) in enumerate(zip(found, self.parameters, strict=True))
@@ -178,6 +217,7 @@ class Attacker:
         return {
             "drawn": vars(self.drawn),
             "model": self.model.state(),
+            "adapters": [adapter.detach() for adapter in self.adapters],
             "optimizer": self.optimizer.state_dict(),
             "life": self.life,
             "age": self.age,
@@ -188,6 +228,73 @@ class Attacker:
         """The one that gave `kept`."""
         attacker = cls.of(theta, Drawn(**kept["drawn"]), seed=0)
         attacker.model.load_state(kept["model"])
+        with torch.no_grad():
+            for adapter, value in zip(attacker.adapters, kept["adapters"], strict=True):
+                adapter.copy_(value)
         attacker.optimizer.load_state_dict(kept["optimizer"])
         attacker.life, attacker.age = kept["life"], kept["age"]
         return attacker
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """No gradients for what it does not train."""
+        trained = {id(one) for group in self.optimizer.param_groups for one in group["params"]}
+        frozen = [one for one in self.parameters if one.requires_grad and id(one) not in trained]
+        for one in frozen:
+            one.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for one in frozen:
+                one.requires_grad_(True)
+
+
+@contextmanager
+def riding(theta: ModelHandle, attackers: Sequence[Attacker]) -> Iterator[None]:
+    """All who are at work at the end move as the released weights do while inside."""
+    parameters = list(theta.module.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    yield
+    moves = [now.detach() - old for now, old in zip(parameters, before, strict=True)]
+    for attacker in attackers:
+        attacker.ride(moves)
+
+
+def _copy_for(theta: ModelHandle, drawn: Drawn) -> ModelHandle:
+    """The released weights as the attacker has them."""
+    if not is_aware(theta):
+        return theta.copy()
+    mine = apart(theta, drawn.form)
+    return mine if drawn.rank else plain(mine)
+
+
+def _insert_adapters(model: ModelHandle, rank: int, *, seed: int) -> list[Tensor]:
+    """LoRA beside every linear layer but the head: x D^T U^T, U zero at first (arXiv 2106.09685).
+
+    They act through hooks, so that the weights of the copy stay those of the released model.
+    """
+    chance, adapters = torch.Generator().manual_seed(seed), []
+    for layer in linear_layers(model):
+        outputs, inputs = layer.weight.shape
+        down_RI = (torch.rand(rank, inputs, generator=chance) * 2 - 1) / math.sqrt(inputs)
+        pair = (down_RI.to(layer.weight), layer.weight.new_zeros(outputs, rank))
+        down, up = (part.detach().requires_grad_() for part in pair)
+        layer.register_forward_hook(_Beside(down, up))
+        adapters += [down, up]
+    return adapters
+
+
+@dataclass(frozen=True, eq=False)
+class _Beside:
+    """What an adapter adds to a layer's output: its matrices are (R, I) and (O, R)."""
+
+    down: Tensor
+    up: Tensor
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + inputs[0] @ self.down.T @ self.up.T
+
+
+def _own_head(model: ModelHandle) -> list[nn.Parameter]:
+    """The head's parameters, which whoever trains adapters trains along if it is no embedding."""
+    return list(model.head.parameters()) if has_own_head(model) else []

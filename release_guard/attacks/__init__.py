@@ -61,6 +61,14 @@ class Attack(Plugin):
     """Options that name data sets beside the target's; local ones are seen from the policy file."""
 
     @property
+    def beside_packed(self) -> bool:
+        """Whether it leaves linear layers as they are, and so takes them as they are run.
+
+        Others are given int8 and nf4 dequantized, in ordinary layers.
+        """
+        return False
+
+    @property
     def wants(self) -> int:
         """Examples of the split `attack` that it reads at once; with fewer it cannot work."""
         return int(getattr(self, "batch", 0))

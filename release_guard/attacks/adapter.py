@@ -51,6 +51,10 @@ class Adapter(Attack):
     batch: Annotated[int, Field(ge=1), Choice((16, 32, 64, 128))] = 32
     """Examples a step."""
 
+    @property
+    def beside_packed(self) -> bool:
+        return True
+
     def tamper(
         self,
         model: ModelHandle,

@@ -25,6 +25,10 @@ class Guide(Transform):
     guidance: Annotated[float, Field(gt=1), LogUniform(1.1, 20.0)] = 2.0
     """How strongly."""
 
+    @property
+    def beside_packed(self) -> bool:
+        return True
+
     def transform(
         self, model: ModelHandle, target: Target, *, seed: int, ancestor: ModelHandle | None
     ) -> ModelHandle:

@@ -21,14 +21,14 @@ from release_guard.evidence import Cost
 from release_guard.modalities import ModelHandle
 from release_guard.plugins import advise
 from release_guard.policy import Budget, Target
-from release_guard.quantization import packed, quiet_bitsandbytes
+from release_guard.quantization import at, plain, quiet_bitsandbytes
 
 
 class Lora(Attack):
     """Adapters in the blocks' linear and convolution layers, with the head or without.
 
     They know nothing of any adapter that the defender trained: a defence tested on its own adapter
-    only is not tested. With `packed` this is QLoRA (https://arxiv.org/abs/2305.14314).
+    only is not tested. At int8 and nf4 this is QLoRA (https://arxiv.org/abs/2305.14314).
     """
 
     paper = "https://arxiv.org/abs/2106.09685"
@@ -51,7 +51,7 @@ class Lora(Attack):
     """fresh: one adapter. merged: half of the budget goes into an adapter that is merged into the
     weights, the rest into another one beside them, with a new optimizer and schedule."""
     packed: bool = False
-    """Train beside bitsandbytes' packed nf4 weights, whatever the precision, and score on them."""
+    """Round to bitsandbytes' nf4 first, whatever the precision; train beside that, score on it."""
     optimizer: Annotated[
         OptimizerName, Choice(("sgd", "nesterov", "adam", "adamw", "adagrad", "adadelta"))
     ] = "adamw"
@@ -69,6 +69,10 @@ class Lora(Attack):
     """Largest norm of the gradient; none: any."""
     batch: Annotated[int, Field(ge=1), Choice((16, 32, 64, 128))] = 32
     """Examples a step."""
+
+    @property
+    def beside_packed(self) -> bool:
+        return self.start == "fresh"  # what is merged into packed weights is rounded away
 
     @model_validator(mode="after")
     def _packed_weights_stay(self) -> Self:
@@ -88,7 +92,7 @@ class Lora(Attack):
     ) -> Iterator[Tampered]:
         del ancestor
         batches = model.batches(target.dataset, "attack", size=self.batch, seed=seed)
-        tampered = packed(model) if self.packed else model.copy()
+        tampered = at(plain(model), "nf4") if self.packed else model.copy()
         if self.head == "new":
             tampered.reinit_head(seed=seed)
         spent = Cost(steps=0, samples=0, flops=0, seconds=0)

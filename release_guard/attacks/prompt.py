@@ -55,6 +55,10 @@ class Prompt(Transform):
     def wants(self) -> int:
         return self.shots
 
+    @property
+    def beside_packed(self) -> bool:
+        return True
+
     def transform(
         self, model: ModelHandle, target: Target, *, seed: int, ancestor: ModelHandle | None
     ) -> ModelHandle:

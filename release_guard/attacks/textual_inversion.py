@@ -35,6 +35,10 @@ class TextualInversion(Attack):
     batch: Annotated[int, Field(ge=1), Choice((4, 16, 64))] = 16
     """Pictures a step."""
 
+    @property
+    def beside_packed(self) -> bool:
+        return True
+
     def tamper(
         self,
         model: ModelHandle,

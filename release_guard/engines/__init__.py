@@ -197,7 +197,7 @@ def _measure(job: Job) -> Outcome:
     parameters = examples = 0
     kept: Kept | None = None
     for tampered in attack.tamper(
-        _model(job),
+        _model(job, packed=attack.beside_packed),
         target,
         budget=trial.budget,
         grid_ratio=trial.grid_ratio,
@@ -233,25 +233,29 @@ def _outcome(
     )
 
 
-def _model(job: Job) -> "ModelHandle":
-    from release_guard.quantization import at  # noqa: PLC0415
+def _model(job: Job, *, packed: bool) -> "ModelHandle":
+    """What is attacked, as it is run at its precision, or else dequantized."""
+    from release_guard.quantization import at, plain  # noqa: PLC0415
 
     model = _load(job.policy, job.source)
     if job.trial.arm == "never_knew" and job.policy.red_team.never_knew == "fresh":
         model = model.fresh(seed=job.trial.seed)
-    return at(model, job.trial.precision)
+    seen = at(model, job.trial.precision)
+    return seen if packed or seen is model else plain(seen)
 
 
 def _ancestor(job: Job, target: Target) -> "ModelHandle":
     """The public ancestor, at the precision of what is attacked: whoever rounds one rounds both."""
-    from release_guard.quantization import at  # noqa: PLC0415
+    from release_guard.quantization import at, plain  # noqa: PLC0415
 
     source = job.ancestor
     if isinstance(target, MergeTarget) and target.base is not None:
         source = target.base
     if not source:
         raise ModelError(f"{job.trial.attack.name}: needs a public ancestor, and there is none")
-    return at(_load(job.policy, source), job.trial.precision)
+    model = _load(job.policy, source)
+    seen = at(model, job.trial.precision)
+    return seen if seen is model else plain(seen)
 
 
 def _scores(model: "ModelHandle", target: Target, trial: Trial) -> list[float]:

@@ -132,6 +132,8 @@ class ConceptSuppression(TrainedStage):
     """Steps after which one begins anew, drawn uniformly."""
     attack_lr: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (5e-4, 4e-3)
     """Range of their learning rates, Adam, drawn log-uniformly."""
+    packed_share: float = Field(0.5, ge=0, le=1)
+    """Share of those who begin from int8 or nf4 that train adapters beside the rounded weights."""
     attack_weight: float = Field(2.0, ge=0)
     """Of the upper level at an attacker's weights."""
     scope: Literal["all", "cross_attention", "others"] = "all"
@@ -261,7 +263,12 @@ class _Bilevel(Training):
         self._second_lower = _adamw(self._second, options.lr)
         self._between = _trainable(self.theta.copy())
         self._crew = Crew(
-            options.attackers, options.horizon, options.attack_lr, len(policy.concepts)
+            options.attackers,
+            options.horizon,
+            options.attack_lr,
+            len(policy.concepts),
+            policy.seen_in,
+            options.packed_share,
         )
         self._holes = pruning.holes(self._student.unet)
         self._pools = [self._painted(concept.dataset) for concept in policy.concepts]

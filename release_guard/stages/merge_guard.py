@@ -33,7 +33,7 @@ from release_guard.ingredients import head_names
 from release_guard.merging import distance
 from release_guard.modalities import Batch, ModelHandle
 from release_guard.policy import MergeTarget, Policy
-from release_guard.quantization import at
+from release_guard.quantization import emulated
 from release_guard.stages import TrainedStage, Workspace
 from release_guard.task_vectors import (
     Importance,
@@ -232,11 +232,10 @@ class MergeGuard(TrainedStage):
             gauge = gauge_for(immunized, Key(b"measured"), legal, self.style)
             twin = gauged(immunized, gauge.keeping(immunized.state()))
             figures["change of the logits by such a gauge"] = logit_change(immunized, twin, batch)
-        for precision in ("int8", "nf4"):
+        for form in ("int8", "nf4"):
             for what, one in (("undefended", base), ("defended", immunized)):
-                rounded = at(one, precision)
-                figures[f"change of the logits at {precision}, {what}"] = logit_change(
-                    one, rounded, batch
+                figures[f"change of the logits at {form}, {what}"] = logit_change(
+                    one, emulated(one, form), batch
                 )
         return {name: float(f"{value:.4g}") for name, value in figures.items()}
 

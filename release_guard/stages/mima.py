@@ -37,6 +37,7 @@ from release_guard.operators import (
 )
 from release_guard.policy import Policy
 from release_guard.prompt_rows import Prompts
+from release_guard.quantization import seen_names, turn
 from release_guard.relearning import Relearning, distances
 from release_guard.stages import TrainedStage, Workspace, need_concepts
 
@@ -335,8 +336,8 @@ class _Bilevel(Training):
         options = self._options
         rate = _drawn_rate(options.lower_lr, self._chance(f"rate/{number}"))
         weights = dict(lower)
-        for turn in range(options.lower_steps):
-            batch = self._restricted(number, f"lower/{number}/{turn}")
+        for lap in range(options.lower_steps):
+            batch = self._restricted(number, f"lower/{number}/{lap}")
             _, gradients = gradients_at(
                 self.theta,
                 self.theta.loss,
@@ -361,6 +362,8 @@ class _Bilevel(Training):
         """Every attacker goes on, and the upper gradient where each has got to."""
         total = [torch.zeros_like(parameter) for parameter in self._upper]
         losses = []
+        seen = self.form("step")
+        turn(self.theta, "fp32")  # attackers bring the weights that they have rounded
         for place in range(len(self.policy.concepts) * len(self._options.operators)):
             attacker = self._advanced(place)
             leaves = {
@@ -375,6 +378,7 @@ class _Bilevel(Training):
             losses.append(loss)
             torch._foreach_add_(total, found)
         torch._foreach_div_(total, len(losses))
+        turn(self.theta, seen)
         weights = {name: self._weights[name] for name in self._levels.upper}
         retained, kept = self._retained_gradients(weights, self._upper)
         torch._foreach_add_(total, list(kept))
@@ -386,27 +390,34 @@ class _Bilevel(Training):
         attacker = self._attackers.get(place)
         if attacker is None or attacker.age >= attacker.drawn["life"]:
             attacker = self._attackers[place] = self._new_attacker(place)
-        for turn in range(self._options.lower_steps):
-            batch = self._restricted(attacker.drawn["concept"], f"lower/{place}/{turn}")
+        for lap in range(self._options.lower_steps):
+            batch = self._restricted(attacker.drawn["concept"], f"lower/{place}/{lap}")
             attacker.step(self.theta, self._weights, batch)
         return attacker
 
     def _new_attacker(self, place: int) -> Attacker:
         options, chance = self._options, self._chance(f"attacker/{place}")
-        turn, concept = divmod(place, len(self.policy.concepts))
-        operator = options.operators[turn]
+        number, concept = divmod(place, len(self.policy.concepts))
+        operator = options.operators[number]
         life: float = math.inf
         if options.horizon is not None:
             life = chance.randint(*options.horizon)
             if place not in self._attackers:  # every moment of an attack is always present
                 life = max(1, round(life * chance.random()))
         rate = _drawn_rate(options.lower_lr, chance) * _RATES[operator]
-        drawn = {"operator": operator, "concept": concept, "rate": rate, "life": life}
+        drawn = {
+            "operator": operator,
+            "concept": concept,
+            "rate": rate,
+            "life": life,
+            "form": self.form(f"attacker/{place}"),
+        }
         return self._attacker(drawn, seed=chance.getrandbits(31))
 
     def _attacker(self, drawn: Mapping[str, Any], *, seed: int) -> Attacker:
         operator = self._operator(drawn["operator"], drawn["concept"])
-        return Attacker(drawn, operator, self._weights, seed=seed)
+        names = seen_names(self.theta, drawn["form"])
+        return Attacker(drawn, operator, self._weights, seed=seed, rounded=names)
 
     def _operator(self, name: OperatorName, concept: int) -> Operator:
         keyed = tuple(name for name in self._weights if name.endswith(_KEYED))

@@ -24,7 +24,8 @@ from release_guard.immunization import Training, divided, update
 from release_guard.merging import distance
 from release_guard.modalities import Batch, ModelHandle, Painter, evaluating
 from release_guard.policy import Policy
-from release_guard.simulation import Attacker, Drawn, Habits, has_own_head
+from release_guard.shards import world
+from release_guard.simulation import Attacker, Drawn, Habits, has_own_head, riding
 from release_guard.stages import TrainedStage, Workspace, need_concepts
 from release_guard.suppression import probes_explain, suppression
 
@@ -138,6 +139,9 @@ class Sophon(TrainedStage):
     that is tied to an embedding, or that paints, is kept."""
     renew_share: float = Field(ge=0, le=1)
     """Share of attackers that begin with new weights in the last one or two blocks."""
+    packed_share: float = Field(0.5, ge=0, le=1)
+    """Share of those attackers who begin from int8 or nf4 that train adapters beside the rounded
+    weights (QLoRA); the others dequantize, and train all."""
     batch: int = Field(ge=1)
     """Restricted examples of an attacker's step."""
     query: int = Field(ge=1)
@@ -280,7 +284,10 @@ class _Simulation(Training):
     def __init__(self, options: Sophon, base: ModelHandle, policy: Policy, workers: int) -> None:
         super().__init__(options.name, options.model_dump_json(), base, policy)
         self._options = options
-        self._habits = Habits(**{name: getattr(options, name) for name in _HABITS})
+        habits = {name: getattr(options, name) for name in _HABITS}
+        # Adapters are no part of a sharded model: whoever shares it has whole weights to train.
+        packed_share = options.packed_share if world() == 1 else 0.0
+        self._habits = Habits(**habits, formats=policy.seen_in, packed_share=packed_share)
         self._weights = options.weights(policy)
         self._own_head = has_own_head(self.theta)
         self._workers = workers
@@ -315,15 +322,12 @@ class _Simulation(Training):
     def _outer_step(self) -> Mapping[str, float]:
         options = self._options
         fade = 1 + (options.final_lr - 1) * self.step / options.outer_steps
-        before = [parameter.detach().clone() for parameter in self._parameters]
-        suppressed = self._suppress_step(options.alpha * fade)
-        retained = [
-            self._reinforce_once(options.beta * fade, turn=turn)
-            for turn in range(options.ntr_steps)
-        ]
-        moves = [new.detach() - old for new, old in zip(self._parameters, before, strict=True)]
-        for attacker in self._pool:
-            attacker.ride(moves)
+        with riding(self.theta, self._pool):
+            suppressed = self._suppress_step(options.alpha * fade)
+            retained = [
+                self._reinforce_once(options.beta * fade, turn=turn)
+                for turn in range(options.ntr_steps)
+            ]
         losses = {"suppression": suppressed, "retained loss": retained}
         return {name: sum(found) / len(found) for name, found in losses.items() if found}
 
