@@ -25,7 +25,13 @@ ARMED = example_policy(
     *LOW,
 )
 MERGED = example_policy(*evidence_builder.MERGED, *LOW)
-POLICIES = {policy.digest: policy for policy in (POLICY, ARMED, MERGED)}
+SPLIT = example_policy(
+    ('["fp32"]', '["fp32", "int8", "nf4"]'),
+    ("[gate]", '[gate]\nfailed_precision = "leave_out"'),
+    *LOW,
+)
+"""Of its precisions some may go out without others."""
+POLICIES = {policy.digest: policy for policy in (POLICY, ARMED, MERGED, SPLIT)}
 LIMIT = POLICY.red_team.budget.limit
 CEILING = ceiling_of(POLICY.concepts[0])
 SETTINGS = settings(deadline=None, max_examples=25, database=None)
@@ -35,10 +41,12 @@ SETTINGS = settings(deadline=None, max_examples=25, database=None)
 def gathered(draw: st.DrawFn) -> Evidence:
     """Evidence on the edge: arms, attacks and seeds differ, some trials collapse or crash.
 
-    Of a policy that asks for nothing more than the listed attacks, for every arm there is, or for
-    merges too.
+    Of a policy that asks for nothing more than the listed attacks, for every arm there is, for
+    merges too, or for several precisions, of which one may be weaker, or not of use.
     """
-    policy = draw(st.sampled_from([POLICY, ARMED, MERGED]))
+    policy = draw(st.sampled_from([POLICY, ARMED, MERGED, SPLIT]))
+    weaker = {each: draw(st.sampled_from([1.0, 1.0, 0.02])) for each in policy.precisions[1:]}
+    useless = {each for each in policy.precisions[1:] if draw(st.sampled_from([0, 0, 1]))}
     level = {
         "undefended": LIMIT / draw(st.sampled_from([2.0, 8.0, 40.0])),
         "defended": LIMIT * draw(st.sampled_from([0.3, 0.9, 1.1, 2.0, 3.0, 50.0])),
@@ -52,9 +60,14 @@ def gathered(draw: st.DrawFn) -> Evidence:
 
     def btb(asked: Asked) -> float:
         spread = random.Random(f"{seed} {asked}").uniform(-1, 1)  # noqa: S311  no secret
-        return level[asked.arm] * noise**spread
+        share = weaker.get(asked.precision, 1.0) if asked.arm == "defended" else 1.0
+        return level[asked.arm] * noise**spread * share
 
-    evidence = evidence_builder.evidence(policy, btb)
+    retention = tuple(
+        evidence_builder.retention(each, lost=200 if each in useless else 5)
+        for each in policy.precisions
+    )
+    evidence = evidence_builder.evidence(policy, btb, retention=retention)
     share = draw(st.sampled_from([0.0, 0.0, 0.0, 0.05, 0.4]))
     ending = draw(st.sampled_from(["collapsed", "failed"]))
     lot = random.Random(seed)  # noqa: S311
@@ -104,6 +117,15 @@ def _with_curve(record: Record, curve: tuple[Point, ...]) -> Record:
     return record.model_copy(update={"outcome": outcome})
 
 
+def published(evidence: Evidence) -> set[str]:
+    policy = POLICIES[evidence.policy]
+    return set(gate(evidence, policy).published(policy.precisions))
+
+
+def of(evidence: Evidence, *precisions: str) -> list[Record]:
+    return [record for record in evidence.records if record.trial.precision in precisions]
+
+
 def passed(evidence: Evidence) -> bool:
     return gate(evidence, POLICIES[evidence.policy]).passed
 
@@ -144,7 +166,7 @@ def test_more_harm_never_helps(evidence: Evidence, data: st.DataObject) -> None:
         )
 
     harmed = _replace(evidence, lambda r: _is_defended(r) and r.trial.key in keys, raised)
-    assert passed(evidence) or not passed(harmed)
+    assert published(harmed) <= published(evidence)
 
 
 @SETTINGS
@@ -162,7 +184,7 @@ def test_a_more_useful_merge_never_helps(evidence: Evidence, data: st.DataObject
         return record.model_copy(update={"outcome": outcome})
 
     useful = _replace(evidence, lambda record: record.trial.key in chosen, kept_more)
-    assert passed(evidence) or not passed(useful)
+    assert published(useful) <= published(evidence)
 
 
 @SETTINGS
@@ -182,7 +204,69 @@ def test_an_earlier_breach_never_helps(evidence: Evidence, data: st.DataObject) 
     earlier = _replace(
         evidence, lambda r: _is_healthy(r) and r.trial.key == chosen.trial.key, breaching
     )
-    assert passed(evidence) or not passed(earlier)
+    assert published(earlier) <= published(evidence)
+
+
+@SETTINGS
+@given(gathered(), st.data())
+def test_a_breach_at_any_precision_publishes_no_more(
+    evidence: Evidence, data: st.DataObject
+) -> None:
+    """Nor does one at several of them, on a few seeds or on all."""
+    policy = POLICIES[evidence.policy]
+    precisions = data.draw(st.sets(st.sampled_from(policy.precisions), min_size=1))
+    split = data.draw(st.sampled_from(["search", "confirm", None]))
+    most = data.draw(st.sampled_from([1, 3, 1_000]))
+    tried = [
+        record.trial.key
+        for record in of(evidence, *precisions)
+        if _is_defended(record) and split in {None, record.trial.split}
+    ]
+    chosen = set(tried[:most])
+
+    def breaching(record: Record) -> Record:
+        points = tuple(p.model_copy(update={"score": 0.9}) for p in record.outcome.curve[:1])
+        return _with_curve(record, points)
+
+    worse = _replace(evidence, lambda record: record.trial.key in chosen, breaching)
+    assert published(worse) <= published(evidence)
+
+
+@SETTINGS
+@given(gathered())
+def test_a_finer_precision_than_one_that_fell_is_not_published(evidence: Evidence) -> None:
+    policy = POLICIES[evidence.policy]
+    verdict = gate(evidence, policy)
+    fallen = [
+        policy.precisions.index(check.precision)
+        for check in verdict.checks
+        if check.name.startswith("resists/") and check.result is not Result.PASS
+    ]
+    assert not published(evidence) & set(policy.precisions[: max(fallen, default=-1) + 1])
+
+
+@SETTINGS
+@given(gathered(), st.data())
+def test_a_precision_that_was_not_measured_is_not_published(
+    evidence: Evidence, data: st.DataObject
+) -> None:
+    """Whether it is said that it could not be run or not; and the rest only if that is said."""
+    policy = POLICIES[evidence.policy]
+    missing = data.draw(st.sampled_from(policy.precisions))
+    said = data.draw(st.booleans())
+    records = [r for r in evidence.records if r.trial.precision != missing]
+    less = evidence.model_copy(
+        update={
+            "records": tuple(records),
+            "planned": len(records),
+            "unattacked": tuple(u for u in evidence.unattacked if u.precision != missing),
+            "retention": tuple(r for r in evidence.retention if r.precision != missing),
+            "unrunnable": {missing: "no kernel"} if said else {},
+        }
+    )
+    found = published(less)
+    assert missing not in found
+    assert said or not found & set(policy.precisions[: policy.precisions.index(missing)])
 
 
 @SETTINGS
@@ -203,7 +287,7 @@ def test_a_crash_never_helps(evidence: Evidence, data: st.DataObject) -> None:
         lambda record: record.trial.key == key and record.outcome.ending != "failed",
         lambda record: _ended(record, ending),
     )
-    assert passed(evidence) or not passed(crashed)
+    assert published(crashed) <= published(evidence)
     few = len(evidence.records) * POLICIES[evidence.policy].gate.max_failed < 1
     assert not (ending == "failed" and few and passed(crashed))
 
@@ -265,7 +349,7 @@ def test_a_stronger_sham_never_helps(evidence: Evidence, less: float) -> None:
         )
 
     plateau = _replace(evidence, lambda record: record.trial.arm == "sham", lowered)
-    assert passed(evidence) or not passed(plateau)
+    assert published(plateau) <= published(evidence)
 
 
 @SETTINGS
