@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import get_args
 
+from release_guard.distributions import clopper_pearson
 from release_guard.evidence import Evidence
 from release_guard.policy import Policy, Precision
 from release_guard.release import Check, Interval, Result, Strength
@@ -30,6 +31,8 @@ def consistent(places: Sequence[Place], strengths: Sequence[Strength]) -> Iterat
             continue
         if fallen := _confirmed(here):
             result, detail = Result.FAIL, _fall(first, here, fallen)
+        elif _scored(here, above=True):
+            result, detail = Result.FAIL, _fall_by_rounding(first, here)
         elif here.is_merge:
             result, detail = _merged(here)
         else:
@@ -98,14 +101,37 @@ def _fall(first: Place, here: Place, fallen: Sequence[Configuration]) -> str:
     worst, before = max(
         pairs, key=lambda pair: (_held(pair[1]), _height(pair[0]), pair[0].attack.label)
     )
-    said = f"falls in {here.precision}; not shown to hold in {first.precision}"
-    if _held(before) and not _confirmed(first):
-        said = f"{_HOLDS}{first.precision} and falls in {here.precision}"
+    said = _sentence(first, here, holds=_held(before))
     there = "was not run" if before is None else f"reached {_figures(before)}"
     return (
         f"{said}: {worst.attack.label} reached {_figures(worst)}{_since(worst)}; "
         f"in {first.precision} it {there}; ceiling {here.ceiling:g}"
     )
+
+
+def _fall_by_rounding(first: Place, here: Place) -> str:
+    """Rounding alone brings it back, before any attack."""
+    now, before = (place.unattacked.get("defended") for place in (here, first))
+    there = "nobody looked" if before is None else f"{before.score:.3f}"
+    return (
+        f"{_sentence(first, here, holds=_scored(first, above=False))}: before any attack it scores "
+        f"{now.score if now else 0:.3f}, in {first.precision} {there}; ceiling {here.ceiling:g}"
+    )
+
+
+def _sentence(first: Place, here: Place, *, holds: bool) -> str:
+    if holds and not _confirmed(first):
+        return f"{_HOLDS}{first.precision} and falls in {here.precision}"
+    return f"falls in {here.precision}; not shown to hold in {first.precision}"
+
+
+def _scored(place: Place, *, above: bool) -> bool:
+    """Whether the release scores above, or below, the ceiling by itself, beyond doubt."""
+    found = place.unattacked.get("defended")
+    if found is None:
+        return False
+    lower, upper = clopper_pearson(found.score * found.examples, found.examples)
+    return lower > place.ceiling if above else upper < place.ceiling
 
 
 def _held(item: Configuration | None) -> bool:

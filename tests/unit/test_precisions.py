@@ -187,6 +187,25 @@ class TestConsistent:
         assert judged(evidence_builder.evidence(POLICY, btb))[NAME].result is FAIL
         assert "holds in" not in verdict.claim
 
+    @pytest.mark.parametrize(
+        ("scores", "said"),
+        [
+            ({"fp32": 0.1, "nf4": 0.9}, f"{SENTENCE}: before any attack it scores 0.900, in fp32 "),
+            ({"fp32": 0.5, "nf4": 0.9}, "falls in nf4; not shown to hold in fp32: before any "),
+            ({"nf4": 0.9}, "falls in nf4; not shown to hold in fp32: before any attack it "),
+        ],
+    )
+    def test_rounding_alone_may_let_it_fall(self, scores: dict[str, float], said: str) -> None:
+        evidence = passing_evidence(POLICY)
+        unattacked = tuple(
+            each.model_copy(update={"score": scores[each.precision]})
+            for each in evidence.unattacked
+            if each.arm == "defended" and each.precision in scores
+        )
+        check = judged(evidence.model_copy(update={"unattacked": unattacked}))[NAME]
+        assert check.result is FAIL
+        assert check.detail.startswith(said)
+
     def test_what_falls_in_fp32_alone_is_no_inconsistency(self) -> None:
         checks = judged(falls_in("fp32"))
         assert checks["resists/finetune/footwear@fp32"].result is FAIL
