@@ -64,7 +64,7 @@ def measured(seed: int) -> dict[str, Any]:
         policy = demo_policy(folder)
         retain = policy.retain.model_copy(update={"margin": MARGIN})
         policy = policy.model_copy(update={"seed": seed, "retain": retain})
-        base = _pretrained(folder, policy)
+        base = pretrained(folder, policy)
         models, found = {"U": base}, {}
         for arm, options in DEFENCES.items():
             stage = Stage.build(Spec(name="condition_number", **options))
@@ -82,12 +82,13 @@ def measured(seed: int) -> dict[str, Any]:
         return {"seed": seed, "halves": found, "retained": scores, "steps": steps}
 
 
-def _pretrained(folder: Path, policy: Policy) -> ModelHandle:
+def pretrained(folder: Path, policy: Policy, *, width: int = WIDTH) -> ModelHandle:
+    """A vision transformer that knows the retained classes."""
     config = ViTConfig(
-        hidden_size=WIDTH,
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=2 * WIDTH,
+        intermediate_size=2 * width,
         image_size=28,
         patch_size=7,
         num_channels=1,

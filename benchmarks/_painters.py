@@ -29,6 +29,7 @@ Pen = PIL.ImageDraw.ImageDraw
 
 CACHE = Path("runs/bench")
 SIDE, LENGTH, BATCH, DROPPED = 16, 8, 32, 0.1
+WIDTH = 24  # of the UNet where it is narrowest; text features are 32 there, else twice the width
 KINDS = ("disc", "ring", "square", "frame", "cross", "bar", "triangle", "grid")
 TEMPLATES = ("a photo of a {}", "a drawing of a {}", "a sketch of a {}", "the {}")
 _WORDS = ("a", "photo", "of", "drawing", "sketch", "the", "thing", "shape")
@@ -76,14 +77,20 @@ def write_drawings(path: Path, kinds: Iterable[str], *, count: int, seed: int) -
     return path
 
 
-def painter(seed: int, *, kinds: Sequence[str] = KINDS, steps: int = 2_500) -> Path:
-    """Folder of a pipeline that paints these kinds and no other; trained if it is not there yet."""
-    folder = CACHE / f"painter-{'-'.join(kinds) if kinds != KINDS else 'all'}-{steps}-{seed}"
+def painter(
+    seed: int, *, kinds: Sequence[str] = KINDS, steps: int = 2_500, width: int = WIDTH
+) -> Path:
+    """Folder of a pipeline that paints these kinds and no other; trained if it is not there yet.
+
+    Its UNet has `width` channels where there are fewest.
+    """
+    about = f"{'-'.join(kinds) if kinds != KINDS else 'all'}-{steps}-{seed}"
+    folder = CACHE / f"painter-{about}{'' if width == WIDTH else f'-{width}'}"
     if (folder / "model_index.json").exists():
         return folder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = _parts()
+        parts = _parts(width)
         pixels, shown = drawings(kinds, count=_PAINTED * len(kinds), seed=seed)
         images = torch.from_numpy(pixels)[:, None] / 127.5 - 1
         _train(parts["vae"], _rebuilding(parts["vae"], images), len(images), steps=400)
@@ -191,7 +198,8 @@ def _nothings(pixels: np.ndarray, *, seed: int) -> np.ndarray:
     return np.clip(np.concatenate([plain, noise, sum(pairs) / 3]), 0, 255).astype(np.uint8)
 
 
-def _parts() -> dict:
+def _parts(width: int) -> dict:
+    said = 32 if width == WIDTH else 2 * width
     special = ["<s>", "</s>", "<unk>"]
     words = {word: at for at, word in enumerate([*special, *_WORDS, *KINDS])}
     model = Tokenizer(WordLevel(words, unk_token="<unk>"))  # noqa: S106  no password
@@ -205,9 +213,9 @@ def _parts() -> dict:
     )  # fmt: skip
     text_encoder = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
-            vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=LENGTH, bos_token_id=0, eos_token_id=1,
-            pad_token_id=1,
+            vocab_size=len(words), hidden_size=said, intermediate_size=2 * said,
+            num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=LENGTH,
+            bos_token_id=0, eos_token_id=1, pad_token_id=1,
         )
     )  # fmt: skip
     vae = diffusers.AutoencoderKL(
@@ -216,8 +224,8 @@ def _parts() -> dict:
         sample_size=SIDE, mid_block_add_attention=False,
     )  # fmt: skip
     unet = diffusers.UNet2DConditionModel(
-        sample_size=SIDE // 2, block_out_channels=(24, 48), layers_per_block=2,
-        cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8,
+        sample_size=SIDE // 2, block_out_channels=(width, 2 * width), layers_per_block=2,
+        cross_attention_dim=said, attention_head_dim=2, norm_num_groups=8,
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
     )  # fmt: skip
     scheduler = diffusers.DDIMScheduler(

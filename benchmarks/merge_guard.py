@@ -39,7 +39,7 @@ from release_guard.ingredients import Alignment
 from release_guard.modalities import ModelHandle
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
-from release_guard.quantization import at
+from release_guard.quantization import at, plain
 from release_guard.run import folder_made_whole
 from release_guard.stages import Stage, Workspace
 
@@ -136,7 +136,7 @@ def cell(kind: str, seed: int, row: str) -> dict[str, Any]:
     if row in RECOVERED:
         found["recovery"] = points(family, model, kind, seed, row, "recovery ")
     for precision in ("int8", "nf4") if row == "hardened" else ():
-        rounded = at(model, precision)
+        rounded = plain(at(model, precision))
         own = family.score(rounded, "task")
         found[precision] = {"own": own, "fronts": fronts(rounded, AT, precision)}
     print(kind, seed, row, found["own"], found["fronts"], file=sys.stderr)
