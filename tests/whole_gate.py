@@ -105,12 +105,16 @@ def rule(
         models["sham"] = sham_of(base, defended, policy, lambda *_: None)
     for name, model in models.items():
         model.save(folder / name)
-    load = Modality.build(policy.modality).load
+    modality = Modality.build(policy.modality)
+    artefacts = {each: folder / each for each in policy.precisions if each != "fp32"}
+    for precision, target in artefacts.items():
+        modality.save_at(folder / "defended", target, precision)
     subject = Subject(
         folder / "base",
         folder / "defended",
-        load(str(folder / "base")),
-        load(str(folder / "defended")),
+        modality.load(str(folder / "base")),
+        modality.load(str(folder / "defended")),
+        artefacts=artefacts,
         sham=folder / "sham" if "sham" in models else None,
         ancestor=folder / "base" if policy.red_team.ancestor == "undefended" else None,
     )
