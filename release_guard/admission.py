@@ -50,6 +50,7 @@ def _foreign(evidence: Evidence, policy: Policy) -> Iterator[str]:
         ceiling = evidence.ceilings.get(target.name)
         if ceiling is None or not 0 < ceiling < 1 or target.ceiling not in {ceiling, "midpoint"}:
             yield f"{target.name}: the ceiling was {ceiling}, the policy says {target.ceiling}"
+    yield from _artefacts(evidence, policy)
     trials = [record.trial for record in evidence.records]
     if others := sum(not _at_hand(trial, evidence, policy) for trial in trials):
         yield f"{others} trials are of other weights, another suite, ceiling or unit"
@@ -58,22 +59,42 @@ def _foreign(evidence: Evidence, policy: Policy) -> Iterator[str]:
         yield "trials of one target used different data"
 
 
+def _artefacts(evidence: Evidence, policy: Policy) -> Iterator[str]:
+    """Precisions without files of their own, or with those of another one."""
+    runnable = [each for each in policy.precisions if each not in evidence.unrunnable]
+    roots = {precision: evidence.defended(precision) for precision in runnable}
+    if missing := [precision for precision, root in roots.items() if not root]:
+        yield f"no files were made and attacked at {', '.join(missing)}"
+    if foreign := sorted(set(evidence.artefacts) - set(policy.precisions)):
+        yield f"files of {', '.join(foreign)} were made, which the policy does not publish"
+    if evidence.artefacts.get("fp32", evidence.immunized) != evidence.immunized:
+        yield "the files in fp32 are not those that the stages made"
+    rounded = [root for precision, root in evidence.artefacts.items() if precision != "fp32"]
+    if len({evidence.base, evidence.immunized, *rounded} - {""}) < len(rounded) + len(
+        {evidence.base, evidence.immunized}
+    ):
+        yield "the files of a precision are those of another precision or model"
+
+
 def _mixed(evidence: Evidence) -> Iterator[str]:
     """A control that is one of the models it controls, or several."""
     roots: dict[str, set[str]] = {}
     for trial in (record.trial for record in evidence.records):
         roots.setdefault(trial.arm, set()).add(trial.weights)
-    if roots.get("sham", set()) & {evidence.base, evidence.immunized}:
+    defended = {evidence.immunized, *evidence.artefacts.values()}
+    if roots.get("sham", set()) & {evidence.base, *defended}:
         yield "the sham is the undefended or the defended model itself"
-    if evidence.immunized in roots.get("ancestor", set()):
+    if defended & roots.get("ancestor", set()):
         yield "the ancestor is the defended model itself"
     yield from (
-        f"the {arm} arm is several models" for arm, found in roots.items() if len(found) > 1
+        f"the {arm} arm is several models"
+        for arm, found in roots.items()
+        if len(found) > 1 and arm != "defended"  # one for each precision, which is checked above
     )
 
 
 def _at_hand(trial: Trial, evidence: Evidence, policy: Policy) -> bool:
-    weights = {"undefended": evidence.base, "defended": evidence.immunized}
+    weights = {"undefended": evidence.base, "defended": evidence.defended(trial.precision)}
     return (
         trial.weights == weights.get(trial.arm, trial.weights)
         and trial.suite == evidence.suite

@@ -14,6 +14,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from release_guard.dsse import Statement, Subject, as_digest
 from release_guard.errors import IntegrityError
 from release_guard.evidence import Evidence
+from release_guard.layout import Artefact, artefacts, require_as_attacked
 from release_guard.manifest import (
     EVIDENCE_FOLDER,
     PAYLOAD,
@@ -49,6 +50,13 @@ class _Named(BaseModel):
     digest: Mapping[str, str] = {}
 
 
+class _Artefact(BaseModel):
+    model_config = _Lenient
+    precision: str
+    folder: str
+    digest: Mapping[str, str]
+
+
 class _Judged(BaseModel):
     model_config = _Lenient
     name: str
@@ -60,6 +68,7 @@ class _Resistance(BaseModel):
     suite: _Named
     policy: _Named
     report: _Named
+    artefacts: tuple[_Artefact, ...] = ()
     verdict: Literal["PASS", "FAIL", "INCONCLUSIVE"]
     claim: str
     checks: tuple[_Judged, ...]
@@ -95,6 +104,7 @@ class Claims:
         valid_until: When the claim expires.
         properties: What a consumer's own policy may ask for by name.
         checks: Result of every check, by its name.
+        artefacts: What the release consists of; none in old attestations.
     """
 
     result: Result
@@ -106,6 +116,7 @@ class Claims:
     valid_until: datetime
     properties: frozenset[str]
     checks: Mapping[str, Result]
+    artefacts: tuple[Artefact, ...] = ()
 
     def lacking(self, policy: Policy) -> tuple[str, ...]:
         """Properties that must have been earned, and have not.
@@ -150,8 +161,11 @@ def statements(candidate: Candidate, policy: Policy, evidence: Evidence) -> Mapp
     Raises:
         IntegrityError: The evidence is of another policy or of other weights.
     """
-    if (evidence.policy, evidence.immunized) != (policy.digest, candidate.payload.root):
+    if evidence.policy != policy.digest:
         raise IntegrityError("the evidence is of another policy or other weights; publish again")
+    digests = {entry.name: entry.digest for entry in candidate.payload.entries}
+    parts = artefacts(evidence, candidate.verdict, policy)
+    require_as_attacked(digests, parts)
     written = Policy.parse(policy.source, name=POLICY_FILE)  # sources as the publisher names them
     descriptors = {
         "policy": _descriptor(POLICY_FILE, policy.source),
@@ -159,11 +173,11 @@ def statements(candidate: Candidate, policy: Policy, evidence: Evidence) -> Mapp
     }
     verdict = candidate.verdict
     predicates = {
-        "resistance": resistance(evidence, verdict, written, files=descriptors),
+        "resistance": resistance(evidence, verdict, written, files=descriptors, parts=parts),
         "test-result": test_result(verdict, descriptors["policy"]),
         "svr": svr(evidence, verdict, written, descriptors["policy"]),
     }
-    about = subjects({entry.name: entry.digest for entry in candidate.payload.entries})
+    about = subjects(digests)
     return {
         kind: Statement(PREDICATE_TYPES[kind], about, predicate).to_bytes()
         for kind, predicate in predicates.items()
@@ -216,6 +230,7 @@ def read_claims(sources: Mapping[str, bytes], expected: Sequence[Subject]) -> Cl
         valid_until=first.valid_until,
         properties=frozenset(third.properties),
         checks={check.name: Result[check.result] for check in first.checks},
+        artefacts=tuple(map(_artefact, first.artefacts)),
     )
 
 
@@ -236,6 +251,12 @@ def _read(
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise IntegrityError(f"{kind}: {where!a} is missing or not as it must be") from None
+
+
+def _artefact(found: _Artefact) -> Artefact:
+    folder = f"{found.folder}/" if found.folder else ""
+    root = as_digest(found.digest.get("sha256"), "digest of an artefact")
+    return Artefact(found.precision, folder, root)
 
 
 def _sha256(named: _Named) -> str:

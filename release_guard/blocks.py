@@ -4,12 +4,12 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-from release_guard import figures, wording
+from release_guard import artefact_table, figures, wording
 from release_guard.composition import told
 from release_guard.draws import draws
 from release_guard.evidence import Arm, Evidence
 from release_guard.figures import Effort, Utility
-from release_guard.manifest import EVIDENCE_FOLDER, SIGNATURE
+from release_guard.manifest import EVIDENCE_FOLDER, SIGNATURE, Manifest
 from release_guard.policy import Policy
 from release_guard.release import Check, Result, Verdict
 from release_guard.standing import mean_share, standing
@@ -50,6 +50,26 @@ def facts(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
         f"**{verdict.result.upper()}**: {_plain(verdict.claim or 'nothing is claimed')}.\n\n"
         "The bar was fixed in the policy before anything was measured.\n\n"
         + _table(("what", "value"), rows)
+    )
+
+
+def artefacts(
+    evidence: Evidence, verdict: Verdict, policy: Policy, payload: Manifest, target: str
+) -> str:
+    """Every precision of the release: where it lies, what it is, how it is loaded."""
+    found = artefact_table.rows(evidence, verdict, policy, payload)
+    rows = [
+        (_code(name), _code(folder), _plain(form), size, _code(root), result)
+        for name, folder, form, size, root, result in found
+    ]
+    snippets = "\n".join(artefact_table.snippets(evidence, verdict, policy, target))
+    packed = any(name in {"int8", "nf4"} for name, *_ in found)
+    needs = "int8 and nf4 need bitsandbytes; with diffusers, a GPU too.\n" if packed else ""
+    return (
+        "\n### Artefacts\n\n"
+        "Each was attacked and judged in these very files.\n\n"
+        f"{_table(artefact_table.HEAD, rows)}\n"
+        f"```python\n{snippets}\n```\n{needs}"
     )
 
 

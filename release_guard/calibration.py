@@ -70,6 +70,7 @@ def survey(order: Order, output: Path, session: Session) -> Plan:
         defended if defended.is_dir() else None,
         run.sham if run.sham.is_dir() else None,
         ancestor,
+        {each: path for each in policy.precisions if (path := run.artefacts / each).is_dir()},
     )
     ground = Ground.of(base, folders, policy)
     pools = {each.name: pool(policy, each, fitting(base, each)) for each in policy.targets}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from release_guard import blocks, front_matter
 from release_guard.errors import ModelError, PolicyError
 from release_guard.evidence import Evidence
-from release_guard.manifest import EVIDENCE_FOLDER
+from release_guard.manifest import EVIDENCE_FOLDER, Manifest
 from release_guard.policy import Policy
 from release_guard.release import Verdict
 
@@ -29,6 +29,7 @@ class Publication:
         fingerprint: Of the public key, or the identity, that signs.
         base_model: Hub id of the undefended model, if it has one.
         license: Licence identifier of the model, if known.
+        payload: The files that make up the model; none: the card lists no artefacts.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Publication:
     fingerprint: str
     base_model: str | None = None
     license: str | None = None
+    payload: Manifest | None = None
 
 
 def card(
@@ -53,8 +55,12 @@ def card(
         ModelError: Markers are missing, doubled or nested, or the front matter cannot be edited.
         PolicyError: A name taken from the policy would make the card say a forbidden word.
     """
+    facts = blocks.facts(evidence, verdict, policy)
+    if publication.payload is not None:
+        files, target = publication.payload, publication.target
+        facts += blocks.artefacts(evidence, verdict, policy, files, target)
     texts = {
-        "facts": blocks.facts(evidence, verdict, policy),
+        "facts": facts,
         "results": blocks.results(evidence, verdict, policy),
         "not-tested": blocks.not_tested(verdict),
         "verify": blocks.verify(verdict, publication.target, publication.fingerprint),

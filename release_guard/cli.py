@@ -457,7 +457,8 @@ def replay(  # noqa: PLR0913
     policy = _load(policy_path or path.with_name("policy.toml"))
     if policy.digest != known.policy:
         raise IntegrityError("not the policy of this evidence; give it with --policy")
-    request = flow.Request(record, policy, local_folder(source), flow.ancestor_of(policy, base))
+    ancestor = flow.ancestor_of(policy, base)
+    request = flow.Request(record, policy, local_folder(source), ancestor, tuple(known.artefacts))
     found = flow.replay(request, _session(terminal, 1, **where), tolerance=tolerance)
     document = outcome.replay_document(found, known, _surroundings())
     terminal.data("\n".join(outcome.replay_lines(found)), document)

@@ -15,7 +15,9 @@ from release_guard.policy import Budget, Precision, Unit
 
 SUITE = "2.0"  # version of attacks, splits and rules together; part of every trial's key
 
-SCHEMA: Literal[2] = 2  # of evidence; 1 knew no effects of stages
+SCHEMA: Literal[3] = 3  # of evidence; 1 knew no effects of stages, 2 no artefacts
+
+_ARTEFACTS_SINCE = 3
 
 Arm = Literal["undefended", "defended", "never_knew", "sham", "ancestor"]
 Ending = Literal["breached", "survived", "collapsed", "failed"]
@@ -236,7 +238,9 @@ class Evidence(_Value):
     Attributes:
         policy: Digest of the policy file.
         base: Payload root of the undefended files.
-        immunized: Payload root of the very files to be pushed.
+        immunized: Payload root of what the stages made, in full precision.
+        artefacts: Payload root of each precision's own files, in full precision those; names count
+            from their own folder. Empty in old evidence, which is about one set of files.
         ceilings: Resolved ceiling of each target.
         change: Distance between the two.
         unavailable: Arms that could not be had, and why.
@@ -253,12 +257,13 @@ class Evidence(_Value):
         environment: Hardware and versions.
     """
 
-    schema_version: Literal[1, 2] = SCHEMA
+    schema_version: Literal[1, 2, 3] = SCHEMA
     suite: str = SUITE
     tool: str
     policy: str
     base: str
     immunized: str
+    artefacts: Mapping[Precision, str] = {}
     ceilings: Mapping[str, float]
     change: Change
     unavailable: Mapping[Arm, str] = {}
@@ -274,6 +279,15 @@ class Evidence(_Value):
     started_at: str
     finished_at: str
     environment: Mapping[str, str] = {}
+
+    def defended(self, precision: Precision) -> str:
+        """Payload root of the files attacked as the defended arm at a precision; empty: none were.
+
+        Old evidence rounded one set of files in memory.
+        """
+        if self.schema_version < _ARTEFACTS_SINCE and not self.artefacts:
+            return self.immunized
+        return self.artefacts.get(precision, "")
 
     def to_jsonl(self) -> bytes:
         """Header line, then one line a retention, then one line a record in the order of keys."""

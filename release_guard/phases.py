@@ -3,7 +3,7 @@
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,12 +70,15 @@ class Folders:
         defended: The very files to be published.
         sham: Moved as far as the defended one, to no purpose.
         ancestor: The public relative; the undefended folder if that one is public itself.
+        artefacts: The files of precisions that have some of their own; at others the defended ones
+            are rounded in memory.
     """
 
     undefended: Path
     defended: Path | None = None
     sham: Path | None = None
     ancestor: Path | None = None
+    artefacts: Mapping[Precision, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,13 @@ class Ground:
         roots: Digest of each arm's files.
         data: Digest of each target's examples, of the donor it is merged with, and of whatever else
             the attacks on it read.
+        artefacts: Digest of the defended arm's files at precisions that have some of their own.
     """
 
     policy: Policy
     roots: Mapping[Arm, str]
     data: Mapping[str, str]
+    artefacts: Mapping[Precision, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, base: "ModelHandle", folders: Folders, policy: Policy) -> "Ground":
@@ -103,7 +108,8 @@ class Ground:
             "ancestor": _root(folders.ancestor),
             "never_knew": _never_knew_root(folders.undefended, policy),
         }
-        return cls(policy, roots, data_digests(base, policy))
+        artefacts = {each: _root(folder) for each, folder in folders.artefacts.items()}
+        return cls(policy, roots, data_digests(base, policy), artefacts)
 
     def trials(
         self,
@@ -130,7 +136,7 @@ class Ground:
                 split=phase.split,
                 examples=red.search_examples if searches else red.confirm_examples,
                 grid_ratio=red.grid_ratio,
-                weights=self.roots[arm],
+                weights=self.weights(arm, precision),
                 data=self.data[target.name],
                 ancestor=self._ancestor(attack, target),
             )
@@ -138,6 +144,11 @@ class Ground:
             for precision in precisions
             for seed in self.seeds(phase, attack)
         ]
+
+    def weights(self, arm: Arm, precision: Precision) -> str:
+        """Digest of the files that an arm is at a precision."""
+        own = self.artefacts if arm == "defended" else {}
+        return own.get(precision, self.roots[arm])
 
     def seeds(self, phase: Phase, attack: Spec) -> Sequence[int]:
         """Seeds of one attack in a phase."""

@@ -180,7 +180,9 @@ def rows(
 def disk(policy: Policy, *, payload: int, num_trials: int, immunizes: bool) -> int:
     """Bytes a run writes at most: model, checkpoints, ledger, evidence, a hub that is a folder."""
     copies = 1 + _CHECKPOINT_COPIES * len(policy.stages) if immunizes else 0
-    copies += 2 if policy.hub.name == "directory" else 0  # its head and the stored revision
+    copies += sum(precision != "fp32" for precision in policy.precisions)
+    if policy.hub.name == "directory":  # its head and the stored revision
+        copies += 2 * len(policy.precisions)
     limit = max(2, round(policy.red_team.budget.limit * policy.red_team.long_run))
     points = len(cost_grid(limit, policy.red_team.grid_ratio))
     return copies * payload + 4 * num_trials * (_LINE_BYTES + _POINT_BYTES * points)

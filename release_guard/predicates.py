@@ -1,10 +1,11 @@
 """Evidence and verdict as in-toto predicates. Pure: every field is derived, none is typed in."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from release_guard import particulars
 from release_guard.evidence import Evidence
+from release_guard.layout import Artefact
 from release_guard.particulars import Json
 from release_guard.policy import Budget, Policy
 from release_guard.release import Result, Verdict
@@ -15,7 +16,12 @@ Descriptor = Mapping[str, object]
 
 
 def resistance(
-    evidence: Evidence, verdict: Verdict, policy: Policy, *, files: Mapping[str, Descriptor]
+    evidence: Evidence,
+    verdict: Verdict,
+    policy: Policy,
+    *,
+    files: Mapping[str, Descriptor],
+    parts: Sequence[Artefact],
 ) -> Json:
     """Predicate resistance v0.1.
 
@@ -24,6 +30,7 @@ def resistance(
         verdict: What the gate said of it.
         policy: As written, so that sources are named as the publisher names them.
         files: Resource descriptors of the policy (`policy`) and the full evidence (`report`).
+        parts: What the release consists of.
     """
     budget = policy.red_team.budget
     return {
@@ -34,6 +41,14 @@ def resistance(
         "modality": policy.modality.name,
         "precisions": [each for each in policy.precisions if each not in verdict.left_out],
         "leftOut": list(verdict.left_out),
+        "artefacts": [
+            {
+                "precision": each.precision,
+                "folder": each.folder.removesuffix("/"),
+                "digest": {"sha256": each.root},
+            }
+            for each in parts
+        ],
         "stages": [stage.model_dump(mode="json") for stage in evidence.stages],
         "budget": {"unit": budget.unit, "limit": budget.limit},
         **particulars.data(evidence, policy),

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from release_guard.errors import ModelError
 from release_guard.evidence import SUITE, Cost, StageReport, canonical_json
 from release_guard.manifest import hash_directory
 from release_guard.modalities import Modality, settle_threads
 from release_guard.phases import data_digests
-from release_guard.policy import Policy
+from release_guard.policy import Policy, Precision
 from release_guard.preflight import (
     Order,
     check_attacks,
@@ -23,6 +24,7 @@ from release_guard.preflight import (
     local_folder,
     public_ancestor,
 )
+from release_guard.quantization import runnable
 from release_guard.redteam import Session, Subject
 from release_guard.run import Run, folder_made_whole, share_files
 from release_guard.sham_weights import sham_of
@@ -62,6 +64,7 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
     else:
         stages = apply_stages(base, order.policy, run, session)
     immunized = opened.modality.load(str(run.immunized))
+    artefacts = make_artefacts(opened.modality, run, order.policy, session)
     moved = _make_sham(base, immunized, run, order.policy, session)
     subject = Subject(
         opened.undefended,
@@ -71,6 +74,7 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
         stages,
         moved,
         opened.ancestor,
+        artefacts=artefacts,
         as_is=order.as_is,
     )
     return subject, run
@@ -84,6 +88,7 @@ def open_run(order: Order, output: Path, session: Session) -> Opened:
     check_order(order)
     source = local_folder(order.source)
     undefended = local_folder(order.base) if order.base else source
+    _require_room(source, order.policy)
     about: dict[str, Any] = {
         "source": hash_directory(source).root,
         "base": hash_directory(undefended).payload.root,
@@ -180,6 +185,47 @@ def _make_sham(
         with folder_made_whole(run.sham) as folder:
             moved.save(folder)
     return run.sham
+
+
+def _require_room(source: Path, policy: Policy) -> None:
+    """Refuse a model with files where the release puts those of another precision."""
+    names = [entry.name for entry in hash_directory(source).payload.entries]
+    for precision in policy.precisions:
+        if any(name.startswith(f"{precision}/") for name in names):
+            raise ModelError(
+                f"{source}: has a folder {precision}, where the release puts its own files of "
+                "that precision; rename or remove it"
+            )
+
+
+def make_artefacts(
+    modality: Modality, run: Run, policy: Policy, session: Session
+) -> dict[Precision, Path]:
+    """Folders of the precisions that are not fp32, each written once from the immunized model.
+
+    What cannot be run here is not written; what was changed since, or made from another model, is
+    written again.
+
+    Raises:
+        ModelError: A precision cannot be written, or what is written cannot be read back as such.
+    """
+    master = hash_directory(run.immunized).payload.root
+    wanted = [each for each in policy.precisions if each != "fp32" and not runnable(each)]
+    made: dict[str, Any] = json.loads(run.made.read_bytes()) if run.made.is_file() else {}
+    folders: dict[Precision, Path] = {each: run.artefacts / each for each in wanted}
+    for precision, target in folders.items():
+        if not target.is_dir() or made.get(precision) != [master, _root(target)]:
+            session.progress("write the precisions", 0, 1, precision)
+            with folder_made_whole(target) as folder:
+                modality.save_at(run.immunized, folder, precision)
+            made[precision] = [master, _root(target)]
+            run.write(run.made.name, canonical_json(made))
+        modality.load(str(target), artefact=precision)
+    return folders
+
+
+def _root(folder: Path) -> str:
+    return hash_directory(folder).payload.root
 
 
 def _take_as_it_is(source: Path, run: Run) -> None:

@@ -1,7 +1,7 @@
 """The producer's flow: policy -> immunize -> red-team -> gate -> sign -> push -> verify."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from release_guard.attacks import Attack
@@ -13,6 +13,7 @@ from release_guard.evidence import SCHEMA, SUITE, Evidence, StageReport
 from release_guard.gate import gate
 from release_guard.gauging import FILE as GAUGE_FILE
 from release_guard.hubs import Hub
+from release_guard.layout import Artefact, artefacts, require_as_attacked
 from release_guard.ledger import Ledger
 from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
 from release_guard.modalities import Modality
@@ -20,7 +21,7 @@ from release_guard.oms import sign
 from release_guard.policy import Policy
 from release_guard.preflight import Order, local_folder
 from release_guard.preparation import apply_stages, open_run, prepare
-from release_guard.redteam import Session, Subject, red_team
+from release_guard.redteam import Session, Subject, artefact_roots, red_team
 from release_guard.release import Candidate, Check, Receipt, Result, Verdict
 from release_guard.report import render
 from release_guard.run import Run, folder_made_whole, share_files
@@ -154,6 +155,7 @@ def _finished(subject: Subject, run: Run, policy: Policy) -> Evidence | None:
     ]
     about = [known.base, known.immunized, known.policy, known.suite, known.schema_version]
     same = about == [*roots, policy.digest, SUITE, SCHEMA] and known.as_is == subject.as_is
+    same = same and known.artefacts == artefact_roots(subject, policy)
     crashed = any(record.outcome.ending == "failed" for record in known.records)
     return known if same and not crashed else None
 
@@ -167,26 +169,48 @@ def pack(
         IntegrityError: The weights are not those that were attacked, or something private would go
             out with them.
     """
-    manifest = hash_directory(run.immunized)
-    if manifest.payload.root != evidence.immunized:
-        raise IntegrityError(f"{run.immunized}: changed since it was attacked; run publish again")
-    _require_nothing_private(run, [manifest, hash_directory(local_folder(order.source))])
+    parts = artefacts(evidence, verdict, order.policy)
+    folders = {each: _folder_of(each, run) for each in parts}
+    payloads = {each: _as_attacked(folder, each.root) for each, folder in folders.items()}
+    _as_attacked(run.immunized, evidence.immunized)
+    _require_nothing_private(run, [*payloads.values(), hash_directory(local_folder(order.source))])
     report = render(evidence, verdict, order.policy, title=order.repo).encode()
     run.write(run.report.name, report)
     source = local_folder(order.source)
     readme = source / "README.md"
     with folder_made_whole(run.release) as folder:
-        share_files(run.immunized, folder, (entry.name for entry in manifest.payload.entries))
+        for each, payload in payloads.items():
+            names = (entry.name for entry in payload.entries)
+            share_files(folders[each], folder / each.folder, names)
         share_files(source, folder, _documents(hash_directory(source)))
+        payload = hash_directory(folder).payload
+        require_as_attacked({entry.name: entry.digest for entry in payload.entries}, parts)
+        shown = replace(publication, payload=payload)
         existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
-        text = card(existing, evidence, verdict, order.policy, publication)
+        text = card(existing, evidence, verdict, order.policy, shown)
         (folder / "README.md").write_text(text, encoding="utf-8")
         proof = folder / EVIDENCE_FOLDER
         proof.mkdir()
         (proof / "policy.toml").write_bytes(order.policy.source)
         (proof / "evidence.jsonl").write_bytes(evidence.to_jsonl())
         (proof / "report.html").write_bytes(report)
-    return Candidate(run.release, verdict, manifest.payload)
+    return Candidate(run.release, verdict, payload)
+
+
+def _folder_of(part: Artefact, run: Run) -> Path:
+    return run.immunized if part.precision == "fp32" else run.artefacts / part.precision
+
+
+def _as_attacked(folder: Path, root: str) -> Manifest:
+    """The payload of a folder that must still be what it was.
+
+    Raises:
+        IntegrityError: It is not.
+    """
+    payload = hash_directory(folder).payload
+    if payload.root != root:
+        raise IntegrityError(f"{folder}: changed since it was attacked; run publish again")
+    return payload
 
 
 def _require_nothing_private(run: Run, manifests: Sequence[Manifest]) -> None:

@@ -37,6 +37,7 @@ from release_guard.evidence import (
 )
 from release_guard.ledger import Ledger
 from release_guard.manifest import hash_directory
+from release_guard.modalities import Modality
 from release_guard.phases import (
     ADAPT,
     CONFIRM,
@@ -116,6 +117,8 @@ class Subject:
         as_is: No stage was to be applied.
         sham: Folder of a model moved as far to no purpose, if the policy asks for one.
         ancestor: Folder of the public ancestor; `undefended` if that is public itself.
+        artefacts: Folders of the precisions that are published in files of their own: what is
+            attacked there. The other arms are rounded in memory.
     """
 
     undefended: Path
@@ -125,12 +128,22 @@ class Subject:
     stages: tuple[StageReport, ...] = ()
     sham: Path | None = None
     ancestor: Path | None = None
+    artefacts: Mapping[Precision, Path] = field(default_factory=dict)
     as_is: bool = False
 
     @property
     def folders(self) -> Folders:
         """Where everything lies."""
-        return Folders(self.undefended, self.defended, self.sham, self.ancestor)
+        return Folders(
+            self.undefended, self.defended, self.sham, self.ancestor, artefacts=self.artefacts
+        )
+
+    def seen(self, arm: Arm, precision: Precision, policy: Policy) -> "ModelHandle":
+        """The base or the immunized model at a precision: its very files, if there are some."""
+        if arm == "defended" and precision in self.artefacts:
+            modality = Modality.build(policy.modality)
+            return modality.load(str(self.artefacts[precision]), artefact=precision)
+        return at(self.immunized if arm == "defended" else self.base, precision)
 
 
 class Breached(Exception):  # noqa: N818  not an error: the one early way out
@@ -463,7 +476,9 @@ class _Team:
 
     def _job(self, trial: Trial) -> Job:
         ancestor = str(self.subject.ancestor) if trial.ancestor else ""
-        return Job(trial, self._source(trial.arm), self.policy, ancestor)
+        own = trial.arm == "defended" and trial.precision in self.subject.artefacts
+        source = str(self.subject.artefacts[trial.precision]) if own else self._source(trial.arm)
+        return Job(trial, source, self.policy, ancestor, is_artefact=own)
 
     def _source(self, arm: Arm) -> str:
         named = self.policy.red_team.never_knew
@@ -491,6 +506,7 @@ def _evidence(team: _Team, started_at: str) -> Evidence:
         policy=policy.digest,
         base=hash_directory(subject.undefended).payload.root,
         immunized=hash_directory(subject.defended).payload.root,
+        artefacts=artefact_roots(subject, policy),
         ceilings=team.ceilings,
         change=change(subject.base, subject.immunized),
         unavailable=unavailable,
@@ -507,6 +523,16 @@ def _evidence(team: _Team, started_at: str) -> Evidence:
         finished_at=team.session.now().isoformat(),
         environment=team.session.environment,
     )
+
+
+def artefact_roots(subject: Subject, policy: Policy) -> dict[Precision, str]:
+    """Digests of the files of every precision that has some."""
+    folders = {"fp32": subject.defended, **subject.artefacts}
+    return {
+        precision: hash_directory(folders[precision]).payload.root
+        for precision in policy.precisions
+        if precision in folders
+    }
 
 
 def _others(target: Target, policy: Policy) -> str:
@@ -553,10 +579,9 @@ def _unattacked(
     subject: Subject, policy: Policy, unrunnable: Collection[Precision]
 ) -> Iterator[Unattacked]:
     """What both models do at no cost: the release must not, the other one must be seen to learn."""
-    arms: dict[Arm, ModelHandle] = {"undefended": subject.base, "defended": subject.immunized}
-    precisions = _runnable(policy, unrunnable)
-    for (arm, handle), precision in itertools.product(arms.items(), precisions):
-        model = at(handle, precision)
+    arms: tuple[Arm, ...] = ("undefended", "defended")
+    for arm, precision in itertools.product(arms, _runnable(policy, unrunnable)):
+        model = subject.seen(arm, precision, policy)
         for concept in policy.concepts:
             dataset, split = scored(concept, "confirm")
             scores = model.scores(dataset, split, limit=policy.red_team.confirm_examples)
@@ -572,9 +597,11 @@ def _unattacked(
 def _retention(subject: Subject, policy: Policy, precision: Precision) -> Retention:
     limit = policy.red_team.confirm_examples * 2  # pairs are cheap and decide the bound's width
     dataset = policy.retain.dataset
-    base = at(subject.base, precision).scores(dataset, "utility", limit=limit)
-    immunized = at(subject.immunized, precision).scores(dataset, "utility", limit=limit)
-    return Retention(precision=precision, base=tuple(base), immunized=tuple(immunized))
+    base, immunized = (
+        tuple(subject.seen(arm, precision, policy).scores(dataset, "utility", limit=limit))
+        for arm in ("undefended", "defended")
+    )
+    return Retention(precision=precision, base=base, immunized=immunized)
 
 
 def _line(record: Record) -> str:

@@ -4,6 +4,7 @@ The evidence says what was tried, down to the seed; whoever has the weights and 
 Whether the evidence is the publisher's is another question, which `verify` answers.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -11,10 +12,10 @@ from pathlib import Path
 from release_guard.engines import Job
 from release_guard.errors import IntegrityError, PolicyError
 from release_guard.evidence import SUITE, Evidence, Outcome, Point, Record
-from release_guard.manifest import EVIDENCE_FOLDER
+from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
 from release_guard.modalities import Modality
 from release_guard.phases import Folders, Ground
-from release_guard.policy import HUB_PREFIX, Policy
+from release_guard.policy import HUB_PREFIX, Policy, Precision
 from release_guard.preflight import local_folder
 from release_guard.redteam import Session
 
@@ -38,12 +39,25 @@ class Request:
         policy: The very policy it was made under; its data are used.
         source: Folder of the weights that the trial attacked.
         ancestor: Folder of the public ancestor, for trials that use one.
+        artefacts: Precisions that the evidence has files of their own for.
     """
 
     record: Record
     policy: Policy
     source: Path
     ancestor: Path | None = None
+    artefacts: Collection[Precision] = ()
+
+    @property
+    def is_artefact(self) -> bool:
+        """Whether the trial attacked files of its precision, instead of rounding others."""
+        return self.record.trial.arm == "defended" and self.record.trial.precision in self.artefacts
+
+    @property
+    def folder(self) -> Path:
+        """Where the attacked files lie: in a release that may be a folder of its own."""
+        inside = self.source / self.record.trial.precision
+        return inside if self.is_artefact and inside.is_dir() else self.source
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,7 @@ def replay(request: Request, session: Session, *, tolerance: float) -> Replay:
         raise IntegrityError(f"a trial of suite {trial.suite!a}; this version has suite {SUITE}")
     _require_same(request)
     ancestor = str(request.ancestor) if trial.ancestor else ""
-    job = Job(trial, str(request.source), request.policy, ancestor)
+    job = Job(trial, str(request.folder), request.policy, ancestor, is_artefact=request.is_artefact)
     with session.build_engine() as engine:
         session.progress("replay", 0, 1, f"{trial.attack.label} seed {trial.seed}")
         ((_, outcome),) = engine.run([job])
@@ -150,15 +164,24 @@ def replay(request: Request, session: Session, *, tolerance: float) -> Replay:
 def _require_same(request: Request) -> None:
     """Hashed by the code that gave the trial its digests."""
     trial, policy = request.record.trial, request.policy
-    model = Modality.build(policy.modality).load(str(request.source))
-    ground = Ground.of(model, Folders(request.source, ancestor=request.ancestor), policy)
+    artefact = trial.precision if request.is_artefact else None
+    model = Modality.build(policy.modality).load(str(request.folder), artefact=artefact)
+    ground = Ground.of(model, Folders(request.folder, ancestor=request.ancestor), policy)
     is_fresh = trial.arm == "never_knew" and policy.red_team.never_knew == "fresh"
-    weights = ground.roots["never_knew" if is_fresh else "undefended"]
-    _compare(weights, trial.weights, f"{request.source}: not the weights that were attacked")
+    weights = ground.roots["never_knew"] if is_fresh else _root(request)
+    _compare(weights, trial.weights, f"{request.folder}: not the weights that were attacked")
     _compare(ground.data.get(trial.target, ""), trial.data, f"{trial.target}: other examples")
     if trial.ancestor:
         named = request.ancestor or "--base"
         _compare(ground.roots["ancestor"], trial.ancestor, f"{named}: not the trial's ancestor")
+
+
+def _root(request: Request) -> str:
+    """Payload root of the files attacked; of a release's top without the other precisions."""
+    others = tuple(f"{each}/" for each in request.artefacts)
+    payload = hash_directory(request.folder).payload
+    mine = (entry for entry in payload.entries if not entry.name.startswith(others))
+    return Manifest.of(mine).root
 
 
 def _compare(found: str, wanted: str, what: str) -> None:

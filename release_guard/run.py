@@ -4,7 +4,9 @@ DIR/run.json       what this run is: source, policy, mode; never a secret
 DIR/policy.toml    the policy's exact bytes
 DIR/checkpoints/   progress of the stages
 DIR/private/       what stages give to the owner alone, such as the way back from a gauge
-DIR/immunized/     the immunized model, once complete: these very files are attacked and pushed
+DIR/immunized/     the immunized model in fp32, once complete: it is attacked, and pushed as fp32
+DIR/artefacts/     each published precision that is not fp32, written from it before the attacks
+DIR/artefacts.json what they were written from
 DIR/sham/          a model moved as far to no purpose, where the policy asks for one
 DIR/stages.json, DIR/evidence.jsonl, DIR/report.html
 DIR/release/       the upload set, nothing else
@@ -66,6 +68,16 @@ class Run:
     @property
     def immunized(self) -> Path:
         return self.directory / "immunized"
+
+    @property
+    def artefacts(self) -> Path:
+        """The precisions in folders of their names."""
+        return self.directory / "artefacts"
+
+    @property
+    def made(self) -> Path:
+        """What was written from what."""
+        return self.directory / "artefacts.json"
 
     @property
     def sham(self) -> Path:
@@ -146,11 +158,17 @@ def saving(where: Path) -> Iterator[None]:
 
 
 def share_files(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Put files into another folder, as links to the same bytes where the file system can."""
+    """Put files into another folder, as links to the same bytes where the file system can.
+
+    Raises:
+        ReleaseGuardError: One is there already: what it is a link to would be overwritten too.
+    """
     for name in names:
         goal = target / name
         goal.parent.mkdir(parents=True, exist_ok=True)
         origin = (source / name).resolve()
+        if goal.exists():
+            raise ReleaseGuardError(f"{name}: two files of this name; rename one of them")
         try:
             os.link(origin, goal)
         except OSError:

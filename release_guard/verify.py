@@ -19,6 +19,7 @@ from release_guard.dsse import MAX_BUNDLE
 from release_guard.errors import IntegrityError, PolicyError, ReleaseGuardError
 from release_guard.evidence import SUITE, Evidence
 from release_guard.gate import gate
+from release_guard.layout import artefacts, require_as_attacked
 from release_guard.manifest import EVIDENCE_FOLDER, SIGNATURE, Manifest, Tree, classify
 from release_guard.oms import SignedFiles, from_statement
 from release_guard.policy import Policy
@@ -233,10 +234,13 @@ class _Check:
         if len(statements) != len(PREDICATE_TYPES):
             return None
         try:
-            return read_claims(statements, subjects(signed.digests))
+            claims = read_claims(statements, subjects(signed.digests))
+            if claims.artefacts:
+                require_as_attacked(signed.digests, claims.artefacts)
         except IntegrityError as error:
             self._invalid(error)
             return None
+        return claims
 
     def claims(self, signed: SignedFiles, claims: Claims, now: datetime) -> None:
         """Step 4: judged by the policy that is required, on the evidence here, passed, valid."""
@@ -264,7 +268,7 @@ class _Check:
         ):
             return ()
         try:
-            policy, verdict = self._judge(signed)
+            policy, verdict = self._judge(signed, claims)
         except (IntegrityError, PolicyError) as error:
             self._invalid(error, EVIDENCE_FILE)
             return ()
@@ -283,17 +287,21 @@ class _Check:
             text = f"judged again, {len(differing)} checks differ: {_listing(differing)}"
             self._find(State.EVIDENCE_INVALID, text, bundle_name("resistance"))
 
-    def _judge(self, signed: SignedFiles) -> tuple[Policy, Verdict]:
+    def _judge(self, signed: SignedFiles, claims: Claims) -> tuple[Policy, Verdict]:
         source = self._signed_bytes(POLICY_FILE, signed, MAX_EVIDENCE)
         policy = Policy.parse(source, name=POLICY_FILE)
         evidence = Evidence.from_jsonl(self._signed_bytes(EVIDENCE_FILE, signed, MAX_EVIDENCE))
-        about = subjects(signed.digests)[0].digest
-        if (evidence.policy, evidence.immunized) != (policy.digest, about):
+        if evidence.policy != policy.digest:
             raise IntegrityError(f"{EVIDENCE_FILE}: of another policy or other weights")
         try:
-            return policy, gate(evidence, policy)
+            verdict = gate(evidence, policy)
         except (ArithmeticError, LookupError, ValueError) as error:  # figures no run ends with
             raise IntegrityError(f"{EVIDENCE_FILE}: cannot be judged ({error})") from None
+        parts = artefacts(evidence, verdict, policy)
+        require_as_attacked(signed.digests, parts)
+        if evidence.artefacts and parts != claims.artefacts:
+            raise IntegrityError(f"{EVIDENCE_FILE}: of other artefacts than the attestation names")
+        return policy, verdict
 
     def _as_signed(self, name: str, signed: SignedFiles) -> bool:
         """Whether a file is worth reading: one that is missing or changed was reported before."""

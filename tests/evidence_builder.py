@@ -37,6 +37,12 @@ DATA = "0" * 63 + "4"
 SHAM = "0" * 63 + "5"
 ANCESTOR = "0" * 63 + "6"
 BEFORE: tuple[Arm, ...] = ("undefended", "defended")  # looked at before any attack
+ARTEFACTS: dict[Precision, str] = {
+    "fp32": IMMUNIZED,
+    "bf16": "0" * 63 + "7",
+    "int8": "0" * 63 + "8",
+    "nf4": "0" * 63 + "9",
+}
 WEIGHTS: dict[Arm, str] = {
     "undefended": BASE,
     "defended": IMMUNIZED,
@@ -191,6 +197,7 @@ def evidence(policy: Policy, btb: Btb, /, **changes: Any) -> Evidence:
             "policy": policy.digest,
             "base": BASE,
             "immunized": IMMUNIZED,
+            "artefacts": {precision: ARTEFACTS[precision] for precision in policy.precisions},
             "ceilings": {target.name: ceiling_of(target) for target in policy.targets},
             "change": Change(identical=False, relative_l2={"head.weight": 0.2, "body.weight": 0.1}),
             "unavailable": (
@@ -266,7 +273,7 @@ def record(  # noqa: PLR0913 - a test's own record may need any of these
         split=asked.split,
         examples=examples,
         grid_ratio=red_team.grid_ratio,
-        weights=WEIGHTS[asked.arm],
+        weights=ARTEFACTS[asked.precision] if asked.arm == "defended" else WEIGHTS[asked.arm],
         data=DATA,
     )
     points = curve(policy, btb=btb, ceiling=ceiling, limit=limit, stops=stops)

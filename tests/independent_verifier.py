@@ -154,11 +154,37 @@ def check_claims(folder, predicates, found, policy, now):
     header = json.loads(first)["header"]
     require(header["policy"] in policies, "evidence: of another policy")
     payload = {name: digest for name, digest in found.items() if decides_behaviour(name)}
-    require(header["immunized"] == root(payload), "evidence: of other weights")
+    artefacts = resistance.get("artefacts")
+    if header["schema_version"] < 3:  # one set of weights, whatever it was rounded to
+        require(not artefacts and header["immunized"] == root(payload), "evidence: other weights")
+    else:
+        check_artefacts(artefacts, header["artefacts"], payload)
+        fp32 = header["artefacts"].get("fp32", header["immunized"])
+        require(fp32 == header["immunized"], "evidence: other weights in fp32")
     until = datetime.fromisoformat(resistance["validUntil"])
     require(now < until, "expired")
     require((resistance["verdict"], result["result"]) == ("PASS", "PASSED"), "verdict")
     require(predicates["svr"]["properties"], "svr: no property")
+
+
+def check_artefacts(artefacts, attacked, payload):
+    """Raise WrongError unless the payload is exactly what was attacked at each precision."""
+    prefixes = {
+        each["precision"]: each["folder"] + "/" * bool(each["folder"]) for each in artefacts
+    }
+    require(sum(prefix == "" for prefix in prefixes.values()) == 1, "artefacts: not one at the top")
+    require(len(prefixes) == len(artefacts), "artefacts: doubled precisions")
+    for each in artefacts:
+        prefix = prefixes[each["precision"]]
+        others = tuple(other for other in prefixes.values() if other and other != prefix)
+        mine = {
+            name: digest
+            for name, digest in payload.items()
+            if name.startswith(prefix) and not (prefix == "" and name.startswith(others))
+        }
+        where = each["folder"] or "top"
+        require(mine and root(mine) == each["digest"]["sha256"], f"{where}: other weights")
+        require(root(mine) == attacked[each["precision"]], f"{where}: not what was attacked")
 
 
 def main():

@@ -74,15 +74,17 @@ def fixed_key(folder: Path, number: int = 1) -> Key:
     return Key(path=path, public=write(folder, f"{number}.pub", public))
 
 
-def about(evidence: Evidence, root: str) -> Evidence:
-    """The same evidence as if these weights had been attacked."""
+def about(evidence: Evidence, root: str, **others: str) -> Evidence:
+    """The same evidence as if these weights had been attacked, in fp32 and in other precisions."""
+    roots = {**evidence.artefacts, "fp32": root, **others}
     records = [
-        record.model_copy(update={"trial": record.trial.model_copy(update={"weights": root})})
-        if record.trial.arm == "defended"
+        record.model_copy(update={"trial": record.trial.model_copy(update={"weights": roots[at]})})
+        if record.trial.arm == "defended" and (at := record.trial.precision) in roots
         else record
         for record in evidence.records
     ]
-    return evidence.model_copy(update={"records": tuple(records)})
+    changes = {"records": tuple(records), "artefacts": roots, "immunized": root}
+    return evidence.model_copy(update=changes)
 
 
 def write(folder: Path, name: str, content: bytes) -> Path:

@@ -17,7 +17,7 @@ from pydantic import Field, PrivateAttr
 from release_guard.errors import ModelError
 from release_guard.evidence import Kept, Outcome, Point, Trial
 from release_guard.plugins import Plugin, Spec
-from release_guard.policy import MergeTarget, Policy, Target
+from release_guard.policy import MergeTarget, Policy, Precision, Target
 from release_guard.statistics import breached
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Job:
         policy: Its targets and its modality.
         ancestor: Folder of the public ancestor; only attacks that need it load it.
         alone: This is its second chance: it runs while no other trial does.
+        is_artefact: The folder holds the trial's precision itself, and nothing is rounded here.
     """
 
     trial: Trial
@@ -52,6 +53,7 @@ class Job:
     policy: Policy
     ancestor: str = ""
     alone: bool = False
+    is_artefact: bool = False
 
 
 class Engine(Plugin):
@@ -237,6 +239,9 @@ def _model(job: Job, *, packed: bool) -> "ModelHandle":
     """What is attacked, as it is run at its precision, or else dequantized."""
     from release_guard.quantization import at, plain  # noqa: PLC0415
 
+    if job.is_artefact:
+        seen = _load(job.policy, job.source, job.trial.precision)
+        return seen if packed else plain(seen)
     model = _load(job.policy, job.source)
     if job.trial.arm == "never_knew" and job.policy.red_team.never_knew == "fresh":
         model = model.fresh(seed=job.trial.seed)
@@ -274,21 +279,24 @@ def _kept(model: "ModelHandle", target: MergeTarget, job: Job) -> Kept:
 
 
 @functools.lru_cache(maxsize=4)
-def _load_cached(policy_digest: str, source: str, modality: str) -> "ModelHandle":
+def _load_cached(
+    policy_digest: str, source: str, modality: str, artefact: Precision | None
+) -> "ModelHandle":
     del policy_digest
     import torch  # noqa: PLC0415
 
     from release_guard.modalities import Modality  # noqa: PLC0415
 
-    model = Modality.build(Spec.model_validate_json(modality)).load(source)
+    loader = Modality.build(Spec.model_validate_json(modality))
+    model = loader.load(source, artefact=artefact)
     if torch.cuda.is_available():
         model.module.to("cuda")
     return model
 
 
-def _load(policy: Policy, source: str) -> "ModelHandle":
+def _load(policy: Policy, source: str, artefact: Precision | None = None) -> "ModelHandle":
     """A worker keeps the last few models: most of its trials attack the same ones."""
-    return _load_cached(policy.digest, source, policy.modality.model_dump_json())
+    return _load_cached(policy.digest, source, policy.modality.model_dump_json(), artefact)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

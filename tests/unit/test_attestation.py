@@ -47,6 +47,8 @@ from release_guard.sweep import places
 PAYLOAD = Manifest.of(
     [FileEntry("config.json", "11" * 32, 3), FileEntry("model.safetensors", "22" * 32, 4)]
 )
+NF4 = FileEntry("nf4/model.safetensors", "33" * 32, 2)
+WITH_NF4 = Manifest.of([*PAYLOAD.entries, NF4])
 OF_SUITE = f"SUITE_{SUITE.replace('.', '_')}"
 DIGESTS = {entry.name: entry.digest for entry in PAYLOAD.entries}
 VERDICT = Verdict(
@@ -120,6 +122,7 @@ def small_evidence(policy: Policy) -> Evidence:
         policy=policy.digest,
         base="cc" * 32,
         immunized=PAYLOAD.root,
+        artefacts={"fp32": PAYLOAD.root},
         ceilings={"footwear": 0.5},
         change=Change(identical=False, relative_l2={"head": 0.1}),
         planned=len(records),
@@ -145,14 +148,16 @@ def small_evidence(policy: Policy) -> Evidence:
 
 
 def of(evidence: Evidence) -> Evidence:
-    return about(evidence.model_copy(update={"immunized": PAYLOAD.root}), PAYLOAD.root)
+    others = {"nf4": Manifest.of([NF4]).root} if "nf4" in evidence.artefacts else {}
+    return about(evidence, PAYLOAD.root, **others)
 
 
 def predicates(
     evidence: Evidence, policy: Policy, verdict: Verdict | None = None
 ) -> dict[str, dict[str, Any]]:
     judged = verdict or gate(evidence, policy)
-    candidate = Candidate(Path("unused"), judged, PAYLOAD)
+    payload = WITH_NF4 if len(policy.precisions) > 1 else PAYLOAD
+    candidate = Candidate(Path("unused"), judged, payload)
     sources = statements(candidate, policy, evidence)
     return {kind: json.loads(source)["predicate"] for kind, source in sources.items()}
 

@@ -50,8 +50,13 @@ def table(heading: str) -> dict[str, str]:
 
 
 def resistance(policy: Policy, evidence: Evidence) -> dict[str, Any]:
-    payload = Manifest.of([FileEntry("model.safetensors", "22" * 32, 4)])
-    found = about(evidence.model_copy(update={"immunized": payload.root}), payload.root)
+    names = ["model.safetensors", "nf4/model.safetensors"][: len(policy.precisions)]
+    parts = [
+        Manifest.of([FileEntry(name, f"{place}2" * 32, 4)]) for place, name in enumerate(names)
+    ]
+    payload = Manifest.of([entry for part in parts for entry in part.entries])
+    others = dict(zip(["nf4"], (part.root for part in parts[1:]), strict=False))
+    found = about(evidence, parts[0].root, **others)
     made = statements(Candidate(Path(), gate(found, policy), payload), policy, found)
     return json.loads(made["resistance"])["predicate"]
 
