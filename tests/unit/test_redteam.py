@@ -1,5 +1,6 @@
 """The red team on pico models: which arm meets which attack, what is kept, what ends it."""
 
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 from engine_jobs import HereSession
 
 from release_guard.attacks.finetune import Finetune
+from release_guard.errors import ModelError
 from release_guard.evidence import Evidence, Record
 from release_guard.ledger import Ledger
 from release_guard.modalities import Modality
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
+from release_guard.quantization import runnable
 from release_guard.redteam import Subject, red_team
 
 FAST = {"name": "finetune", "optimizer": "adam", "lr": 0.003, "batch": 32}
@@ -226,3 +229,43 @@ def test_the_ancestor_is_given_to_attacks_that_need_it(
     assert found.trial.ancestor == evidence.base
     assert found.outcome.ending == "breached"
     assert "breach confirmed" in lines[-1]
+
+
+LEAVE_OUT = {"precisions": ["fp32", "bf16"], "gate": {"failed_precision": "leave_out"}}
+
+
+def of_precision(evidence: Evidence, precision: str) -> set[str]:
+    trials = [record.trial for record in evidence.records if record.trial.precision == precision]
+    return {trial.split for trial in trials if trial.arm == "defended"}
+
+
+def test_a_breach_ends_what_it_refuses(team: Team, classifier_folder: Path) -> None:
+    """All precisions, unless the policy may leave the finer one out: the coarser one goes on."""
+    attacked, lines = team(classifier_folder, workers=1, precisions=["fp32", "bf16"])
+    assert of_precision(attacked, "fp32") == {"search", "confirm"}
+    assert "confirm" not in of_precision(attacked, "bf16")
+    assert "breach confirmed" in lines[-1]
+
+    evidence, lines = team(classifier_folder, workers=1, **LEAVE_OUT)
+    assert any("breach confirmed at fp32; going on with bf16" in line for line in lines)
+    assert of_precision(evidence, "bf16") == {"search", "confirm"}
+    assert "no further trial is needed" in lines[-1]
+
+
+def test_what_cannot_be_run_is_skipped_and_told(
+    team: Team, ignorant: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    runnable.cache_clear()
+    try:
+        evidence, lines = team(ignorant, attacks=[FAST], precisions=["fp32", "nf4"])
+        with pytest.raises(ModelError, match="bitsandbytes"):
+            team(ignorant, attacks=[FAST], precisions=["nf4"])
+    finally:
+        runnable.cache_clear()
+    assert "bitsandbytes" in evidence.unrunnable["nf4"]
+    assert evidence.unrunnable.keys() == {"nf4"}
+    assert any("nf4 cannot be run here: " in line for line in lines)
+    seen = (*(r.trial for r in evidence.records), *evidence.unattacked, *evidence.retention)
+    assert {each.precision for each in seen} == {"fp32"}
+    assert evidence.planned == len(evidence.records)
