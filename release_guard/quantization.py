@@ -228,18 +228,24 @@ def _takes(weight_OI: Tensor, form: Format) -> bool:
 
 
 def _linear_layers(model: ModelHandle) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Every linear layer but the head: its parent, its name there, itself."""
-    head = model.head
+    """Every linear layer that is not kept whole: its parent, its name there, itself.
+
+    Other classes made of `nn.Linear` are left alone, as `transformers` leaves them: whoever wrote
+    them reads their weights elsewhere.
+    """
+    whole = {part for root in model.kept_whole for part in root.modules()}
     for part in list(model.module.modules()):
         for name, layer in list(part.named_children()):
-            if isinstance(layer, nn.Linear) and layer is not head:
+            if not isinstance(layer, nn.Linear) or layer in whole:
+                continue
+            if type(layer) in (nn.Linear, _Aware) or _is_packed(layer):
                 yield part, name, layer
 
 
 def _with_all_rounded(model: ModelHandle) -> ModelHandle:
     twin = model.copy()
     with torch.no_grad():
-        for part in (*twin.module.parameters(), *twin.module.buffers()):
+        for part in twin.module.state_dict().values():  # what is saved, and nothing else
             if part.is_floating_point():
                 part.copy_(part.to(torch.bfloat16))
     return twin
