@@ -36,17 +36,19 @@ class Spec(BaseModel):
         What is made of others reads `rescale > finetune(lr=0.01)`.
         """
         if self.parts:
-            return " > ".join(part.label for part in self.parts)
+            return " > ".join(part.label for part in (*self.parts, *self.after))
         options = ", ".join(f"{key}={value}" for key, value in sorted(self.options.items()))
         return f"{self.name}({options})" if options else self.name
 
     @property
     def parts(self) -> tuple["Spec", ...]:
         """The specs that one is made of (`steps`, tables with a name), in their order."""
-        steps = self.options.get("steps")
-        if not isinstance(steps, list | tuple):
-            return ()
-        return tuple(Spec.model_validate(step) for step in steps)
+        return self._specs("steps")
+
+    @property
+    def after(self) -> tuple["Spec", ...]:
+        """The specs of what is done to its outcome (`after`), in their order."""
+        return self._specs("after")
 
     @property
     def last(self) -> "Spec":
@@ -56,7 +58,7 @@ class Spec(BaseModel):
     @property
     def family(self) -> str:
         """What it does whatever its options: its name, or `rescale>finetune`."""
-        return ">".join(part.family for part in self.parts) or self.name
+        return ">".join(part.family for part in (*self.parts, *self.after)) or self.name
 
     def changed(self, **options: Any) -> "Spec":
         """With other options; of what is made of others, the last one has them."""
@@ -65,6 +67,12 @@ class Spec(BaseModel):
         *first, last = self.parts
         steps = [part.model_dump() for part in (*first, last.changed(**options))]
         return Spec(name=self.name, **{**self.options, "steps": steps})
+
+    def _specs(self, option: str) -> tuple["Spec", ...]:
+        found = self.options.get(option)
+        if not isinstance(found, list | tuple):
+            return ()
+        return tuple(Spec.model_validate(each) for each in found)
 
 
 class Plugin(BaseModel):

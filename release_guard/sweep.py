@@ -288,7 +288,8 @@ def judged(evidence: Evidence, policy: Policy) -> tuple[Precision, ...]:
     One that merely is missing is judged like any other, and refused for it.
     """
     found = {record.trial.precision for record in evidence.records}
-    found |= {each.precision for each in (*evidence.unattacked, *evidence.retention)}
+    found |= {each.precision for each in evidence.unattacked}
+    found |= {each.precision for each in evidence.retention}
     return tuple(
         each for each in policy.precisions if each in found or each not in evidence.unrunnable
     )
@@ -386,7 +387,7 @@ def ended(record: Record, ceiling: float) -> bool:
 
 def _is_gentler(attack: Spec, collapsed: Spec) -> bool:
     if attack.parts and collapsed.parts:
-        if attack.parts[:-1] != collapsed.parts[:-1]:
+        if (attack.parts[:-1], attack.after) != (collapsed.parts[:-1], collapsed.after):
             return False
         attack, collapsed = attack.parts[-1], collapsed.parts[-1]
     kept, others = (
