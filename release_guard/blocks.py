@@ -234,7 +234,7 @@ def limits(verdict: Verdict, policy: Policy) -> str:
     return (
         "### Limits of the claim\n\n"
         f"- The claim ends at {wording.cost(budget.limit, budget.unit)} for each attack, at the "
-        f"precisions {', '.join(policy.precisions)}, under this suite.\n"
+        f"precisions {', '.join(verdict.published(policy.precisions))}, under this suite.\n"
         "- It no longer holds if the weights are changed, fine-tuned, merged, pruned or rounded to "
         "another format, if an attack is found that the suite does not have, or once it expires.\n"
         "- Whoever has an undefended ancestor of this model, public or not, needs no attack.\n"

@@ -49,6 +49,7 @@ _SHAM = (
 )
 _ANCESTOR = "a public ancestor or sibling of the model as the attacker's way out"
 _PACKED: tuple[Precision, ...] = ("int8", "nf4")
+_UNSEEN = ("q4_k", "int4", "mixed")  # of `quantize`; no stage can be shown these
 _DEQUANTIZED_SUITES = ("1.0", "2.0")  # trained no adapter beside packed weights unless told to
 _ROUNDING = 2.0  # times that kappa may fall by rounding before it is worth a line
 
@@ -268,8 +269,19 @@ def _rounding(verdict: Verdict, evidence: Evidence, policy: Policy) -> Iterator[
     """What else can be done with rounded weights, and with weights by rounding them."""
     published = [each for each in policy.precisions if each not in verdict.left_out]
     packed = [each for each in published if each in _PACKED]
+    tried = {
+        step.options.get("format")
+        for spec in policy.attacks
+        for step in (spec, *spec.parts, *spec.after)
+        if step.name == "quantize"
+    }
     if packed and evidence.suite in _DEQUANTIZED_SUITES:
         yield from _dequantized(packed, policy)
+    again = [step.name for spec in policy.attacks for step in spec.after]
+    if policy.concepts and packed and "quantize" not in again:
+        yield f"training dequantized {' and '.join(packed)} weights and rounding them again"
+    if missing := [each for each in _UNSEEN if each not in tried] if tried else []:
+        yield f"rounding to formats that no stage was shown: {', '.join(missing)}"
 
 
 def _dequantized(packed: Sequence[Precision], policy: Policy) -> Iterator[str]:

@@ -29,6 +29,7 @@ def verdict_document(verdict: Verdict, evidence: "Evidence") -> dict[str, Any]:
         "checks": [_check(check) for check in verdict.checks],
         "strengths": [asdict(strength) for strength in verdict.strengths],
         "not_tested": list(verdict.not_tested),
+        "left_out": list(verdict.left_out),
         "policy_digest": evidence.policy,
         "payload_root": evidence.immunized,
         "base_root": evidence.base,
@@ -112,6 +113,8 @@ def verdict_lines(verdict: Verdict, policy: Policy) -> Iterator[str]:
     """Why it was refused, first of all; else what was shown; then the figures."""
     if verdict.passed:
         yield f"PASS: {verdict.claim}"
+        if verdict.left_out:
+            yield f"  left out, as the report says why: {', '.join(verdict.left_out)}"
     else:
         yield f"REFUSED ({verdict.result.name}), because:"
         yield from _reasons(verdict)

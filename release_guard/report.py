@@ -6,6 +6,7 @@ Equal evidence gives equal bytes: the only dates are those of the evidence.
 from collections.abc import Iterator, Mapping
 
 from release_guard import (
+    by_precision,
     charts,
     costs,
     figures,
@@ -68,6 +69,7 @@ def render(evidence: Evidence, verdict: Verdict, policy: Policy, *, title: str) 
         page.section("What this means", "", page.paragraph(_meaning(evidence, verdict, policy))),
         highlights.section(evidence, verdict, policy),
         *pictures.values(),
+        by_precision.section(evidence, verdict, policy),
         matrix.section(evidence, policy),
         merge_table.section(evidence, policy),
         tables.not_tested(evidence, verdict, policy),
@@ -110,9 +112,11 @@ def _meaning(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
     )
     open_checks = sum(check.result is not Result.PASS for check in verdict.checks)
     judged = f"{open_checks} of {wording.count(len(verdict.checks), 'check')}"
+    published = ", ".join(verdict.published(policy.precisions))
+    none = f"At what is published ({published}), no attack" if verdict.left_out else "No attack"
     outcome = {
         Result.PASS: (
-            "No attack got there within that budget, while the same attacks did on the unprotected "
+            f"{none} got there within that budget, while the same attacks did on the unprotected "
             "model; and what the model is for still works as well, within the margin. This is a "
             "price, not a lock: more budget, other data or other attacks may still succeed."
         ),

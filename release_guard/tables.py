@@ -42,7 +42,10 @@ def checks(verdict: Verdict) -> str:
         )
         for check in ordered
     ]
-    how = "The verdict is PASS only if every check here is; a run without checks never passes."
+    how = (
+        "The verdict is PASS only if every check here is, but for those of precisions that are "
+        "left out; a run without checks never passes."
+    )
     return section("Checks", how, table("Checks", ("result", "check", "detail"), rows))
 
 

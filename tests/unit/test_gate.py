@@ -19,6 +19,7 @@ MERGED_CHANGES = evidence_builder.MERGED
 MERGED = example_policy(*MERGED_CHANGES)
 LIMIT = POLICY.red_team.budget.limit
 FIRST = POLICY.attacks[0]
+ALL_PACKED = ('["fp32"]', '["fp32", "int8", "nf4"]')
 PROMISES = re.compile(
     r"\b(safe|immune|tamper-proof|certified|guaranteed|unbreakable)\b", re.IGNORECASE
 )
@@ -725,13 +726,31 @@ def test_what_was_not_tested_is_printed() -> None:
 @pytest.mark.parametrize(
     ("attack", "told"), [("rank = 8", "packed int8 and nf4"), ("packed = true", "packed int8 ")]
 )
-def test_adapters_beside_packed_weights_are_untested_unless_listed(attack: str, told: str) -> None:
-    precisions = ('["fp32"]', '["fp32", "int8", "nf4"]')
-    policy = example_policy(("rank = 8", attack), precisions)
-    (line,) = [
-        each for each in gate(passing_evidence(policy), policy).not_tested if "QLoRA" in each
-    ]
+def test_earlier_suites_trained_no_adapters_beside_packed_weights(attack: str, told: str) -> None:
+    policy = example_policy(("rank = 8", attack), ALL_PACKED)
+    evidence = passing_evidence(policy)
+    old = gate(evidence.model_copy(update={"suite": "2.0"}), policy).not_tested
+    (line,) = [each for each in old if "QLoRA" in each]
     assert told in line
+    new = gate(evidence.model_copy(update={"suite": "3.0"}), policy).not_tested
+    assert not any("QLoRA" in each for each in new)
+
+
+def test_tripwires_of_rounding_are_untested_unless_listed() -> None:
+    probe = '  { name = "linear_probe" },\n'
+    again = '  { name = "chain", steps = [{ name = "lora" }], after = [{ name = "quantize" }] },\n'
+    some = '  { name = "quantize", format = "int4" },\n'
+    plain = example_policy(ALL_PACKED)
+    listed = example_policy(ALL_PACKED, (probe, probe + again + some))
+    lines = gate(passing_evidence(plain), plain).not_tested
+    assert "rounding to formats that are not published" in lines
+    assert "training dequantized int8 and nf4 weights and rounding them again" in lines
+    lines = gate(passing_evidence(listed), listed).not_tested
+    assert "rounding to formats that no stage was shown: q4_k, mixed" in lines
+    assert not any(line.startswith("training dequantized") for line in lines)
+    assert not any(
+        "rounding them again" in line for line in gate(passing_evidence(POLICY), POLICY).not_tested
+    )
 
 
 def test_a_verdict_without_checks_never_passes() -> None:
