@@ -14,6 +14,7 @@ from release_guard.errors import PolicyError
 from release_guard.modalities import Modality, ModelHandle
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
+from release_guard.quantization import emulated, seen_names
 from release_guard.stages import Stage
 
 QUICK = {
@@ -117,3 +118,27 @@ def test_a_variant_that_is_no_name_is_told_in_a_line(name: str, option: str) -> 
         Stage.build(Spec(name=name, **{option: []}))
     assert "\n" not in str(caught.value)
     assert option in str(caught.value)
+
+
+@pytest.mark.parametrize("name", Stage.available())
+def test_a_stage_that_sees_rounded_weights_gives_other_ones_that_nobody_rounded(
+    name: str, tmp_path: Path, ground: Ground
+) -> None:
+    stage = quick(name)
+    policy, model = ground(stage)
+
+    def immunized(folder: str, **given: Any) -> ModelHandle:
+        workspace = replace(quiet(tmp_path / folder), private=quiet(tmp_path).private)
+        return stage.immunize(model, policy.model_copy(update=given), workspace)
+
+    exact, coarse = immunized("exact"), immunized("coarse", awareness={"nf4": 1.0})
+    again = immunized("again", awareness={"nf4": 1.0}).state()
+    states = exact.state(), coarse.state()
+    assert states[0].keys() == states[1].keys() == again.keys()
+    assert any(not torch.equal(weight, states[1][key]) for key, weight in states[0].items())
+    assert all(torch.equal(weight, again[key]) for key, weight in states[1].items())
+    assert [type(part) for part in coarse.module.modules()] == [
+        type(part) for part in model.module.modules()
+    ]
+    (rounded, *_) = seen_names(coarse, "nf4")
+    assert not torch.equal(states[1][rounded], emulated(coarse, "nf4").state()[rounded])

@@ -8,11 +8,12 @@ import pico
 import pytest
 import torch
 
-from release_guard.errors import ImmunizationError
+from release_guard.errors import ImmunizationError, ModelError
 from release_guard.evidence import Cost
 from release_guard.immunization import Pace, Training, update
 from release_guard.modalities import Modality, ModelHandle
 from release_guard.policy import Policy
+from release_guard.quantization import is_aware
 
 State = dict[str, torch.Tensor]
 PACE = Pace(steps=6, probe_every=2, keep_every=2, probed=40)
@@ -220,3 +221,72 @@ def test_a_resumed_run_is_the_same_under_each_option(
     whole = practised("vit", request, tmp_path / "whole", pace)
     practised("vit", request, tmp_path / "cut", pace, until=3)
     assert same(whole, practised("vit", request, tmp_path / "cut", pace))
+
+
+def aware_policy(policy: Policy, **given: Any) -> Policy:
+    return policy.model_copy(update={"precisions": ("fp32", "nf4"), **given})
+
+
+def test_a_policy_of_fp32_alone_trains_on_ordinary_layers(
+    policy: Policy, model: ModelHandle, tmp_path: Path
+) -> None:
+    plain, _, _ = train(Practice(model, policy), tmp_path / "a")
+    asked = policy.model_copy(update={"awareness": {"fp32": 2.0}})
+    assert not is_aware(Practice(model, asked).theta)
+    assert same(plain, train(Practice(model, asked), tmp_path / "b")[0])
+
+
+def test_formats_are_drawn_with_the_policys_weights(policy: Policy, model: ModelHandle) -> None:
+    training, drawn = Practice(model, aware_policy(policy)), []
+    for training.step in range(1_000):
+        drawn.append(training.form("step"))
+    assert drawn.count("nf4") / len(drawn) == pytest.approx(3 / 7, abs=0.05)
+    assert set(drawn) == {"fp32", "nf4"}
+
+
+def test_an_aware_training_goes_on_as_if_it_had_never_been_killed(
+    policy: Policy, model: ModelHandle, tmp_path: Path
+) -> None:
+    asked = aware_policy(policy)
+    whole, _, _ = train(Practice(model, asked), tmp_path / "whole")
+    train(Practice(model, asked), tmp_path / "killed", until=5)
+    resumed, steps, _ = train(Practice(model, asked), tmp_path / "killed")
+    assert steps == [5, 6]
+    assert same(whole, resumed)
+
+
+class Brittle(Practice):
+    """Ruins the model where its weights are rounded, and next to nothing in fp32."""
+
+    def advance(self) -> Mapping[str, float]:
+        with torch.no_grad():
+            for block in self.theta.blocks:
+                norm: Any = block.layernorm_before
+                norm.weight[0] = norm.bias[0] = 0  # this channel is 0, whatever goes in
+                attention: Any = block.attention
+                for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+                    layer.weight[:, 0] = 1e4  # and is what a row's scale is made for
+        return {"retained": 0.0}
+
+
+@pytest.mark.parametrize(("precisions", "holds"), [(("fp32",), True), (("fp32", "int8"), False)])
+def test_the_retained_score_must_hold_in_every_published_format(
+    policy: Policy,
+    model: ModelHandle,
+    tmp_path: Path,
+    precisions: tuple[str, ...],
+    holds: bool,
+) -> None:
+    retain = policy.retain.model_copy(update={"margin": 0.1})
+    asked = policy.model_copy(update={"precisions": precisions, "retain": retain})
+    if holds:
+        assert train(Brittle(model, asked), tmp_path)[1] == [1, 2, 3, 4, 5, 6]
+        return
+    with pytest.raises(ImmunizationError, match=r"retained score within retain\.margin"):
+        train(Brittle(model, asked), tmp_path)
+
+
+def test_a_format_that_would_round_nothing_is_refused(policy: Policy, resnet_folder: Path) -> None:
+    resnet = Modality.build(policy.modality).load(str(resnet_folder))
+    with pytest.raises(ModelError, match=r"^nf4: the model has no linear layer"):
+        Practice(resnet, aware_policy(policy))
