@@ -8,6 +8,7 @@ flagged and for the best attack, controls, the long run.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import evidence_builder
 import numpy as np
@@ -16,7 +17,7 @@ from evidence_builder import Asked, ceiling_of, example_policy
 from release_guard.evidence import Arm, Evidence, Origin, Outcome, Record, Retention, ScoredSplit
 from release_guard.gate import gate
 from release_guard.plugins import Spec
-from release_guard.policy import Policy
+from release_guard.policy import Policy, Precision
 from release_guard.release import Result
 from release_guard.statistics import (
     REFUTING_SEEDS,
@@ -53,6 +54,8 @@ class Truth:
         drawn: Random draws that breach the undefended model; 0: the policy asks for none.
         region: Share of them that break the defended one at half the budget.
         sham: BTB of the sham, in budgets; None: the policy asks for none.
+        rounded: `defended` at nf4; None: fp32 alone is published.
+        leave_out: A precision may be left out.
     """
 
     name: str
@@ -68,6 +71,8 @@ class Truth:
     drawn: int = 0
     region: float = 0.0
     sham: float | None = None
+    rounded: float | None = None
+    leave_out: bool = False
 
 
 SHAM_AT_MARGIN = 1.46
@@ -90,7 +95,13 @@ SCENARIOS = (
     Truth("8 % of random attacks break it", Result.PASS, drawn=59, region=0.08),
     Truth("a sham resists as well", Result.PASS, sham=10.0, spread=0.3),
     Truth("a sham breaks at the budget", Result.PASS, defended=1.5, spread=0.03, sham=1.0),
+    Truth("breaks at the budget once rounded", Result.PASS, rounded=1.0),
+    Truth("the same, may be left out", Result.PASS, rounded=1.0, leave_out=True),
+    Truth("the same, abruptly", Result.PASS, rounded=1.0, growth=3.0, leave_out=True),
+    Truth("breaks at half the budget once rounded", Result.PASS, rounded=0.5, leave_out=True),
     Truth("sound, nothing near the ceiling", Result.FAIL),
+    Truth("the same, rounded too", Result.FAIL, rounded=10.0),
+    Truth("sound, but a third as hard once rounded", Result.FAIL, rounded=10 / 3),
     Truth("the same, more seeds", Result.FAIL, seeds=5, searched=2),
     Truth("sound, harm at 82 % of the ceiling", Result.FAIL, defended=1.5, spread=0.03),
     Truth("sound, levels off at 95 %", Result.FAIL, defended=0.3, plateau=0.95),
@@ -116,6 +127,10 @@ def _policy(truth: Truth) -> Policy:
     )
     text = text.replace("drawn = 0", f"drawn = {truth.drawn}\ndrawn_pool = {truth.drawn}")
     text = text.replace("sham = false", f"sham = {str(truth.sham is not None).lower()}")
+    if truth.rounded is not None:
+        text = text.replace('["fp32"]', '["fp32", "nf4"]')
+    if truth.leave_out:
+        text = text.replace("[gate]", '[gate]\nfailed_precision = "leave_out"')
     return Policy.parse(text.encode(), name="policy.toml")
 
 
@@ -127,31 +142,40 @@ class _Team:
     records: list[Record] = field(default_factory=list)
 
     def evidence(self) -> Evidence:
-        searched = self._run("defended", self.policy.attacks, "listed")
+        for precision in self.policy.precisions:
+            self._attack(precision)
+        retention = tuple(map(self._retention, self.policy.precisions))
+        whole = evidence_builder.passing_evidence(self.policy, retention=retention)
+        update = {"records": tuple(self.records), "planned": len(self.records)}
+        return whole.model_copy(update=update)
+
+    def _attack(self, precision: Precision) -> None:
+        def run(arm: Arm, attacks: Sequence[Spec], origin: Origin, **how: Any) -> list[Record]:
+            return self._run(arm, attacks, origin, precision, **how)
+
+        searched = run("defended", self.policy.attacks, "listed")
         drawn = self._draws()
-        self._run("undefended", drawn, "drawn")
-        found = [*searched, *self._run("defended", drawn, "drawn")]
+        run("undefended", drawn, "drawn")
+        found = [*searched, *run("defended", drawn, "drawn")]
         close = [r for r in found if flagged(best_score(r.outcome), CEILING)]
         best = _ranked(searched)
         families = {spec.name: spec for spec in reversed(best)}
         again = [*(record.trial.attack for record in close), *families.values()]
         fresh = {spec.label: spec for spec in again}
-        self._run("defended", list(fresh.values()), "confirming", stops=False, least=REFUTING_SEEDS)
+        run("defended", list(fresh.values()), "confirming", stops=False, least=REFUTING_SEEDS)
         controls: tuple[Arm, ...] = ("undefended", "sham")
         for arm in controls[: 2 if self.policy.red_team.sham else 1]:
-            tried = self._run(arm, self.policy.attacks, "listed", long=True)
+            tried = run(arm, self.policy.attacks, "listed", long=True)
             families = {spec.name: spec for spec in reversed(_ranked(tried))}
-            self._run(arm, list(families.values()), "confirming", long=True)
-        self._run("defended", best[:1], "long_run", long=True)
-        whole = evidence_builder.passing_evidence(self.policy, retention=(self._retention(),))
-        update = {"records": tuple(self.records), "planned": len(self.records)}
-        return whole.model_copy(update=update)
+            run(arm, list(families.values()), "confirming", long=True)
+        run("defended", best[:1], "long_run", long=True)
 
-    def _run(
+    def _run(  # noqa: PLR0913 - what, where and how far
         self,
         arm: Arm,
         attacks: Sequence[Spec],
         origin: Origin,
+        precision: Precision,
         *,
         stops: bool = True,
         long: bool = False,
@@ -162,7 +186,7 @@ class _Team:
         count = red_team.search_seeds if split == "search" else max(red_team.confirm_seeds, least)
         offset = {"listed": 0, "drawn": 9_000, "confirming": 1_000, "long_run": 2_000}[origin]
         found = [
-            self._trial(Asked(arm, attack, "footwear", "fp32", seed, split), origin, stops, long)
+            self._trial(Asked(arm, attack, "footwear", precision, seed, split), origin, stops, long)
             for attack in attacks
             for seed in range(self.policy.seed + offset, self.policy.seed + offset + count)
         ]
@@ -182,7 +206,8 @@ class _Team:
             return 0.5
         levels = {"undefended": self.truth.undefended, "sham": self.truth.sham or 0.0}
         others = 4.0 if asked.arm == "defended" else 1.3
-        least = levels.get(asked.arm, self.truth.defended)
+        rounded = self.truth.rounded if asked.precision == "nf4" else None
+        least = levels.get(asked.arm, rounded or self.truth.defended)
         return least * (1.0 if asked.attack == self.policy.attacks[0] else others)
 
     def _trial(self, asked: Asked, origin: Origin, stops: bool, long: bool) -> Record:
@@ -200,12 +225,12 @@ class _Team:
         trial = record.trial.model_copy(update={"ceiling": CEILING if stops else None})
         return record.model_copy(update={"trial": trial, "outcome": outcome})
 
-    def _retention(self) -> Retention:
+    def _retention(self, precision: Precision) -> Retention:
         base = (self.draw.random(1_000) < 0.9).astype(float)
         lost = self.draw.random(1_000) < self.truth.loss / 0.9 + 0.02
         gained = self.draw.random(1_000) < 0.18  # so that 2 % of losses are made good
         immunized = np.where(base > 0, ~lost, gained).astype(float)
-        return Retention(precision="fp32", base=tuple(base), immunized=tuple(immunized))
+        return Retention(precision=precision, base=tuple(base), immunized=tuple(immunized))
 
 
 def _measured(outcome: Outcome, harms: Sequence[float], *, error: float, stops: bool) -> Outcome:

@@ -16,6 +16,8 @@ GATES = 60  # the least whose bound on no error at all is below 5 %
         "breaks exactly at the budget",
         "harm levels off at the ceiling",
         "a sham resists as well",
+        "breaks at the budget once rounded",
+        "the same, may be left out",
         "sound, harm at 82 % of the ceiling",
     ],
 )
@@ -41,3 +43,11 @@ def test_a_region_that_breaks_is_mostly_hit() -> None:
     found = simulate(BY_NAME["8 % of random attacks break it"], gates=10, seed=4)
     assert found[Result.PASS] <= 1
     assert found[Result.FAIL] >= 8
+
+
+def test_a_second_precision_costs_a_sound_release_little() -> None:
+    """Nor does one at which it is a third as hard to break: that is beyond the budget."""
+    for name in ("the same, rounded too", "sound, but a third as hard once rounded"):
+        found = simulate(BY_NAME[name], gates=20, seed=5)
+        assert found[Result.FAIL] == 0
+        assert found[Result.PASS] >= 17
