@@ -12,13 +12,17 @@ FILES = {
     "generation_config.json": b"{}\n",
     "model.safetensors": bytes(range(256)) * 40,
     "empty.txt": b"",
+    "nf4/config.json": b'{"quantization_config": {}}\n',
+    "nf4/model.safetensors": bytes(range(128)) * 40,
+    "int8/model.safetensors": bytes(range(64)) * 40,
     ".release-guard/policy.toml": b"seed = 1\n",
     "model.sig": b'{"mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json"}',
 }
 CHANGED = {
-    **{name: content for name, content in FILES.items() if name != "empty.txt"},
+    **{name: FILES[name] for name in FILES if name not in {"empty.txt", "int8/model.safetensors"}},
     "config.json": b'{"hidden_size": 8}\n',
     "model.safetensors": bytes(reversed(range(256))) * 40,
+    "nf4/model.safetensors": bytes(reversed(range(128))) * 40,
     "umlaut-ä.txt": b"new",
 }
 
