@@ -46,7 +46,7 @@ def gate(evidence: Evidence, policy: Policy) -> Verdict:
         *(check for each in multiplied for check in _multiplied(each, evidence, policy)),
         *arms(found, multiplied, policy),
         *(check for place in merged for check in _merged(place)),
-        *consistent(both, multiplied),
+        *consistent(evidence, both, multiplied),
         *(_retains(evidence, policy, precision) for precision in judged(evidence, policy)),
         *unrun(evidence, policy),
     )

@@ -18,11 +18,19 @@ from release_guard.sweep import Configuration, Place, judged
 _FINEST_FIRST: tuple[Precision, ...] = get_args(Precision)
 _USE = "retains"  # the kind of check that only says whether a precision is of use
 _HOLDS = "holds in "
+_FIRST = 3  # schema of evidence whose precisions have weights of their own
 _ROUNDED = 1 - 1e-9  # a factor that equals its bar is within it
 
 
-def consistent(places: Sequence[Place], strengths: Sequence[Strength]) -> Iterator[Check]:
-    """One check for every target at every precision but the first that could be run."""
+def consistent(
+    evidence: Evidence, places: Sequence[Place], strengths: Sequence[Strength]
+) -> Iterator[Check]:
+    """One check for every target at every precision but the first that could be run.
+
+    Evidence from before precisions had weights of their own is judged as it was then.
+    """
+    if evidence.schema_version < _FIRST:
+        return
     known = {(each.target, each.precision): each for each in strengths}
     firsts: dict[str, Place] = {}
     for here in places:

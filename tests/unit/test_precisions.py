@@ -265,6 +265,13 @@ class TestConsistent:
         assert found.rounding > POLICY.gate.max_rounding
         assert verdict.passed
 
+    def test_earlier_evidence_is_judged_as_it_was_then(self) -> None:
+        """Its precisions were one set of weights, rounded; a breach refuses it as ever."""
+        old = falls_in("nf4").model_copy(update={"schema_version": 2})
+        checks = judged(old)
+        assert not any(name.startswith("consistent/") for name in checks)
+        assert checks["resists/finetune/footwear@nf4"].result is FAIL
+
     def test_merges_are_compared_too(self) -> None:
         policy = example_policy(TWO, *MERGED)
 
