@@ -10,15 +10,20 @@ from release_guard.sweep import Place, places
 
 
 def section(evidence: Evidence, verdict: Verdict, policy: Policy) -> str:
-    """The weakest place's figures as tiles, those of all places as a table."""
-    tiles = []
-    if verdict.strengths:
-        weakest = min(verdict.strengths, key=_kappa)
-        tiles += _strength_tiles(weakest, policy, many=len(verdict.strengths) > 1)
-    drawn = [(place, found) for place in places(evidence, policy) if (found := draws(place)).pool]
+    """The weakest place's figures as tiles, those of all places as a table.
+
+    What is left out of the release is in the table only.
+    """
+    tiles, out = [], verdict.left_out
+    strengths = [each for each in verdict.strengths if each.precision not in out]
+    if strengths:
+        weakest = min(strengths, key=_kappa)
+        tiles += _strength_tiles(weakest, policy, many=len(strengths) > 1)
+    there = [place for place in places(evidence, policy) if place.precision not in out]
+    drawn = [(place, found) for place in there if (found := draws(place)).pool]
     if drawn:
         tiles.append(_draws_tile(*max(drawn, key=lambda each: each[1].upper), many=len(drawn) > 1))
-    kept = figures.utilities(evidence, policy)
+    kept = [each for each in figures.utilities(evidence, policy) if each.precision not in out]
     if kept:
         tiles.append(_loss_tile(max(kept, key=_bound), many=len(kept) > 1))
     if not tiles:

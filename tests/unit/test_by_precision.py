@@ -7,7 +7,7 @@ import pytest
 from evidence_builder import example_policy, passing_evidence
 from rich_evidence import rich_evidence, rich_policy
 
-from release_guard import blocks, by_precision
+from release_guard import blocks, by_precision, highlights
 from release_guard.evidence import Evidence
 from release_guard.gate import gate
 from release_guard.outcome import verdict_document, verdict_lines
@@ -63,6 +63,9 @@ def test_what_is_left_out_is_told_everywhere(
     assert f"At what is published ({kept}), no attack got there" in report
     assert f"precision {precision}: not published, as it did not pass" in report
     assert "did not pass" in section(evidence, POLICY)
+    tiles = highlights.section(evidence, verdict, POLICY).partition("<table")[0]
+    assert f"at {kept}" in tiles
+    assert f"at {precision}" not in tiles
     assert f"precision {precision}: not published" in blocks.not_tested(verdict)
     assert f"at the precisions {kept}, under" in " ".join(blocks.limits(verdict, POLICY).split())
     assert verdict_document(verdict, evidence)["left_out"] == [precision]
