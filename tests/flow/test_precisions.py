@@ -31,6 +31,7 @@ from release_guard.preparation import make_artefacts
 from release_guard.publish import pack, publish
 from release_guard.redteam import Session
 from release_guard.release import Attested, Result
+from release_guard.replay import Agreement, Request, replay
 from release_guard.run import Run
 from release_guard.signers.key import Key, generate_key
 from release_guard.verify import State, Trust, Verification, verify
@@ -186,6 +187,25 @@ def test_publishing_again_writes_and_tries_nothing_anew(
     publish(order(denying, classifier_folder, policy), home / "runs" / "a", session(lines))
     assert hash_directory(home / "hub") == before
     assert not [line for line in lines if not line.startswith("publish ")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+def test_a_trial_is_replayed_from_the_release_alone(
+    home: Path, image_data: Path, precision: str
+) -> None:
+    policy = make_policy(home, image_data, ["fp32", "nf4"])
+    evidence = Evidence.read(head(home) / ".release-guard" / "evidence.jsonl")
+    record = next(
+        record
+        for record in evidence.records
+        if (record.trial.arm, record.trial.precision) == ("defended", precision)
+    )
+    request = Request(record, policy, head(home), artefacts=tuple(evidence.artefacts))
+    assert replay(request, session(), tolerance=0).agreement is Agreement.IDENTICAL
+    other = {"fp32": head(home) / "nf4", "nf4": home / "runs" / "a" / "immunized"}[precision]
+    wrong = Request(record, policy, other, artefacts=tuple(evidence.artefacts))
+    with pytest.raises((IntegrityError, ModelError)):
+        replay(wrong, session(), tolerance=0)
 
 
 def flip(path: Path) -> None:
