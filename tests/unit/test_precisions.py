@@ -90,6 +90,7 @@ def unrunnable(policy: Policy, *precisions: str) -> Evidence:
     kept = [record for record in evidence.records if record.trial.precision not in precisions]
     return with_records(evidence, kept).model_copy(
         update={
+            "artefacts": {q: root for q, root in evidence.artefacts.items() if q not in precisions},
             "unrunnable": dict.fromkeys(precisions, "bitsandbytes cannot be imported"),
             "unattacked": tuple(u for u in evidence.unattacked if u.precision not in precisions),
             "retention": tuple(r for r in evidence.retention if r.precision not in precisions),
