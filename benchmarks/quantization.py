@@ -56,7 +56,8 @@ def cell(case: Case, seed: int) -> dict[str, Any]:
 
 
 def kept(case: Case, seed: int, what: str, make: Callable[[], Any]) -> Any:
-    given = json.dumps([str(options(case, seed)), seed, what, str(vars(type(case)).get("attacks"))])
+    attacks = str(vars(type(case)).get("attacks"))
+    given = json.dumps([str(options(case, seed)), seed, what, attacks, seen_in(case, seed, "Q")])
     digest = hashlib.sha256(given.encode()).hexdigest()[:12]
     path = PLACE / f"{case.stage}-{seed}-{what}-{digest}.json"
     if not path.exists():
@@ -101,10 +102,9 @@ def stage_of(case: Case, seed: int) -> TrainedStage:
 
 def immunized(case: Case, seed: int, arm: str) -> tuple[ModelHandle, float]:
     """F has seen fp32 alone, Q all precisions; and the CPU seconds that the stage took."""
-    base, policy = case.base(seed), case.policy(seed)
-    if arm == "Q":
-        policy = policy.model_copy(update={"precisions": PRECISIONS})
-    digest = hashlib.sha256(str(options(case, seed)).encode()).hexdigest()[:12]
+    base, policy = case.base(seed), policy_of(case, seed, arm)
+    given = str(options(case, seed)) + (seen_in(case, seed, arm) if arm == "Q" else "")
+    digest = hashlib.sha256(given.encode()).hexdigest()[:12]
     path = PLACE / f"{case.stage}-{seed}-{arm}-{digest}.pt"
     if not path.exists():
         work = path.with_suffix(".work")
@@ -117,6 +117,15 @@ def immunized(case: Case, seed: int, arm: str) -> tuple[ModelHandle, float]:
     model = base.copy()
     model.load_state(found["state"])
     return model, found["seconds"]
+
+
+def policy_of(case: Case, seed: int, arm: str) -> Policy:
+    precisions = PRECISIONS if arm == "Q" else PRECISIONS[:1]
+    return case.policy(seed).model_copy(update={"precisions": precisions})
+
+
+def seen_in(case: Case, seed: int, arm: str) -> str:
+    return json.dumps(dict(policy_of(case, seed, arm).seen_in))
 
 
 def sham(case: Case, seed: int, other: ModelHandle) -> ModelHandle:

@@ -29,8 +29,9 @@ HUB_PREFIX = "hf://"
 
 _MERGES = ("merge", "merge_with_data")  # attacks that add one model's weights to another's
 
-_AWARENESS: Mapping[Precision, float] = {"fp32": 0.4, "bf16": 0.1, "int8": 0.2, "nf4": 0.3}
-"""Weights of the precisions of a policy that says nothing else."""
+_AWARENESS: Mapping[Precision, float] = {"fp32": 1, "bf16": 1, "int8": 1, "nf4": 3}
+"""Weights of the precisions of a policy that says nothing else: what holds at the coarsest mostly
+holds at finer ones, and not the other way round."""
 
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -238,8 +239,8 @@ class Policy(_Value):
     of bitsandbytes, and round every linear layer but the head."""
     awareness: Annotated[Mapping[Format, Weight], Field(min_length=1)] | None = None
     """Relative weights of the formats that stages see the model in, one drawn for each step. None:
-    the precisions, fp32 as 4, nf4 3, int8 2 and bf16 1. Formats that are not published may be among
-    them; { fp32 = 1 } leaves rounding out."""
+    the precisions, nf4 as 3 and all others as 1. Formats that are not published may be among them;
+    { fp32 = 1 } leaves rounding out."""
     retain: Retain
     concepts: tuple[Concept, ...] = ()
     merge_targets: tuple[MergeTarget, ...] = ()
