@@ -45,7 +45,7 @@ def artefacts(evidence: Evidence, verdict: Verdict, policy: Policy) -> tuple[Art
     if not evidence.artefacts:
         return (Artefact(policy.precisions[0], "", evidence.immunized),)
     precisions: Sequence[str] = verdict.published(policy.precisions) or tuple(evidence.artefacts)
-    roots: dict[str, str] = {each: root for each, root in evidence.artefacts.items()}
+    roots = {str(each): root for each, root in evidence.artefacts.items()}
     if roots.get("fp32", evidence.immunized) != evidence.immunized:
         raise IntegrityError("the evidence is of another policy or other weights; publish again")
     if missing := [precision for precision in precisions if precision not in roots]:

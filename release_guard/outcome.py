@@ -32,6 +32,7 @@ def verdict_document(verdict: Verdict, evidence: "Evidence") -> dict[str, Any]:
         "left_out": list(verdict.left_out),
         "policy_digest": evidence.policy,
         "payload_root": evidence.immunized,
+        "artefacts": dict(evidence.artefacts),
         "base_root": evidence.base,
         "trials": len(evidence.records),
     }

@@ -221,6 +221,7 @@ def sources(evidence: Evidence, policy: Policy) -> str:
         ("policy, SHA-256", evidence.policy),
         ("undefended files, payload root", evidence.base),
         ("defended files, payload root", evidence.immunized),
+        *((f"those of {each}", root) for each, root in evidence.artefacts.items()),
         (
             "red team",
             f"profile {policy.red_team.profile}, {wording.cost(budget.limit, budget.unit)}",

@@ -73,6 +73,10 @@ def made(
 every_kind = pytest.mark.parametrize("made", list(KINDS), indirect=True)
 
 
+def test_no_kind_of_model_is_forgotten() -> None:
+    assert set(KINDS) == set(Modality.available())
+
+
 def linear(model: ModelHandle) -> dict[str, str]:
     return {
         name: type(layer).__name__
