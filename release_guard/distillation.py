@@ -60,10 +60,10 @@ class Levels:
         anchor is the anchor's opposite.
         """
         with torch.no_grad():
-            without = self.teacher.predicted(self.teacher.asked(batch, ""))
+            without = self._said(batch, "")
             if self.anchor is None:
                 return away(without, self.teacher.predicted(batch), eta=self.eta)
-            return away(without, self._reference(batch), eta=-self.reach)
+            return away(without, self._said(batch, self.anchor), eta=-self.reach)
 
     def upper(self, student: Painter, batch: Batch, target: Tensor) -> Tensor:
         """L_CU: distance of the prediction for the concept to the target."""
@@ -73,15 +73,16 @@ class Levels:
         """`pull` of the concept on a student's prediction."""
         with torch.no_grad():
             found, asked = student.predicted(batch), self.teacher.predicted(batch)
-            return float(pull(found, self._reference(batch), asked))
+            return float(pull(found, self._said(batch, self.anchor or ""), asked))
 
     def distance(self, student: Painter, batch: Batch) -> float:
         """L_out: mean squared distance to the teacher's prediction."""
         with torch.no_grad():
             return float(mean_square(student.predicted(batch) - self.teacher.predicted(batch)))
 
-    def _reference(self, batch: Batch) -> Tensor:
-        return self.teacher.predicted(self.teacher.asked(batch, self.anchor or ""))
+    def _said(self, batch: Batch, prompt: str) -> Tensor:
+        """What the teacher predicts for a batch's pictures under another prompt."""
+        return self.teacher.predicted(self.teacher.asked(batch, prompt))
 
 
 def away(without: Tensor, with_concept: Tensor, *, eta: float) -> Tensor:

@@ -9,6 +9,7 @@ from release_guard.errors import ImmunizationError, ModelError, PolicyError
 from release_guard.manifest import hash_directory
 from release_guard.plugins import Spec
 from release_guard.policy import HUB_PREFIX, Policy
+from release_guard.quantization import require_layers
 from release_guard.shards import world
 from release_guard.stages import Stage, misplaced
 
@@ -134,6 +135,20 @@ def check_relatives(base: "ModelHandle", policy: Policy, ancestor: Path | None) 
         sources += filter(None, [target.donor, target.base])
     for source in dict.fromkeys(sources):
         base.peer(source)
+
+
+def check_formats(base: "ModelHandle", policy: Policy) -> None:
+    """Whether the model has layers for every format that is published or shown to stages.
+
+    Raises:
+        ModelError: Nothing would be rounded.
+    """
+    for key, formats in (("precisions", policy.precisions), ("awareness", policy.seen_in)):
+        for form in formats:
+            try:
+                require_layers(base, form)
+            except ModelError as error:
+                raise ModelError(f"{key}: {error}") from None
 
 
 def check_donors(policy: Policy, source: Path, undefended: Path) -> None:

@@ -17,6 +17,7 @@ from release_guard.preflight import (
     check_attacks,
     check_data,
     check_donors,
+    check_formats,
     check_order,
     check_relatives,
     check_stage_kinds,
@@ -108,6 +109,7 @@ def open_run(order: Order, output: Path, session: Session) -> Opened:
     settle_threads(base, session.workers)
     check_data(base, order.policy)
     check_relatives(base, order.policy, ancestor)
+    check_formats(base, order.policy)
     if not order.as_is:
         check_stages(base, order.policy)
     about["data"] = data_digests(base, order.policy)

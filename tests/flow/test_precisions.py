@@ -152,6 +152,18 @@ def test_the_card_lists_both_with_what_loads_them(home: Path) -> None:
     assert str(home) not in card
 
 
+def test_whoever_fetched_one_precision_can_check_that_one(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    for part in ("nf4", ".release-guard"):
+        shutil.copytree(head(home) / part, folder / part)
+    shutil.copy(head(home) / "model.sig", folder)
+    trust = Trust(Key(public=home / "key.pub"))
+    assert verify(DirectoryTree(folder), trust, now=NOW, partial=True).states == (State.INTACT,)
+    flip(folder / "nf4" / WEIGHTS)
+    found = verify(DirectoryTree(folder), trust, now=NOW, partial=True)
+    assert found.states == (State.WEIGHTS_CHANGED,)
+
+
 LOADER = """
 import sys
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -375,3 +387,17 @@ def test_a_source_that_is_quantized_is_refused(
     given = Order(str(tmp_path / "rounded"), REPO, policy, base=str(classifier_folder), as_is=True)
     with pytest.raises(ModelError, match="quantized already"):
         publish(given, tmp_path / "runs" / "a", session())
+
+
+@pytest.mark.parametrize(
+    ("key", "given"),
+    [("precisions", {"precisions": ("nf4",)}), ("awareness", {"awareness": {"q4_0": 1.0}})],
+)
+def test_a_format_that_would_round_nothing_is_refused_before_anything_is_spent(
+    resnet_folder: Path, image_data: Path, tmp_path: Path, key: str, given: dict[str, object]
+) -> None:
+    policy = make_policy(tmp_path, image_data, ["fp32"]).model_copy(update=given)
+    asked = Order(str(resnet_folder), REPO, policy)
+    with pytest.raises(ModelError, match=rf"^{key}: (nf4|q4_0): the model has no linear layer"):
+        publish(asked, tmp_path / "runs" / "a", session())
+    assert not (tmp_path / "runs").exists()
