@@ -34,6 +34,7 @@ NAMES = (
     "mima",
     "merge_guard",
     "concept_suppression",
+    "quantizers",
 )
 _QUIET = 0.1  # share of the cores; above it the machine counts as shared
 

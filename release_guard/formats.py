@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from release_guard.errors import ModelError
 from release_guard.super_blocks import inverse, q4_k
 
-_NF4 = (
+NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+"""Levels of nf4: quantiles of the normal distribution (https://arxiv.org/abs/2305.14314)."""
+
 _FP4 = tuple(size / 12 for size in (-12, -8, -6, -4, -3, -2, -1 / 16, 0, 1 / 16, 2, 3, 4, 6, 8, 12))
 _BINS = 64  # a unit: no bin then holds two midpoints of nf4 or fp4, or one near its edge
 _PIECE = 2**12  # blocks worked on at once: what is made on the way stays in the cache
@@ -59,7 +61,9 @@ def rounded(weight: Tensor, form: str) -> Tensor:
         ModelError: no such format, or a weight that is not in fp32, fp16 or bf16.
     """
     _, values = _written(weight, form)
-    return values.view(-1)[: weight.numel()].view(weight.shape).to(weight.dtype)
+    if values.numel() != weight.numel():
+        values = values.view(-1)[: weight.numel()]
+    return values.view(weight.shape).to(weight.dtype)
 
 
 def flipped(before: Tensor, after: Tensor, form: str) -> float:
@@ -172,21 +176,24 @@ def _nearest_double(blocks_BK: Tensor, table: _Table) -> _Written:
 
 
 def _levels(blocks_BK: Tensor, largest_B1: Tensor, table: _Table) -> Tensor:
-    """The nearest level of each weight over the largest of its block; the lower one of two.
-
-    The bin says which two come into question (two look-ups and a comparison, which is faster than
-    a search and than compiled code).
-    """
-    borders, levels = (part.to(blocks_BK.device) for part in table)
+    """The nearest level of each weight over the largest of its block; the lower one of two."""
     inverse_B1 = largest_B1.clamp_min(_SMALLEST).reciprocal_()
-    found = []
-    for start in range(0, len(blocks_BK), _PIECE):
-        piece = slice(start, start + _PIECE)
-        share = (blocks_BK[piece] * inverse_B1[piece]).view(-1)
-        bins = (share * _BINS).add_(_BINS).to(torch.int32).clamp_(min=0)  # NaN: below all bins
-        above = share > borders.index_select(0, bins)
-        found.append(levels.index_select(0, bins.add_(above, alpha=len(borders))))
-    return (found[0] if len(found) == 1 else torch.cat(found)).view_as(blocks_BK)
+    if len(blocks_BK) <= _PIECE:
+        return _looked_up(blocks_BK, inverse_B1, table)
+    pieces = (slice(start, start + _PIECE) for start in range(0, len(blocks_BK), _PIECE))
+    return torch.cat([_looked_up(blocks_BK[piece], inverse_B1[piece], table) for piece in pieces])
+
+
+def _looked_up(blocks_BK: Tensor, inverse_B1: Tensor, table: _Table) -> Tensor:
+    """Two look-ups and a comparison, which is faster than a search and than compiled code.
+
+    The bin says which two levels come into question, the midpoint between them which it is.
+    """
+    borders, levels = table.borders.to(blocks_BK.device), table.levels.to(blocks_BK.device)
+    share = (blocks_BK * inverse_B1).view(-1)
+    bins = torch.add(_BINS, share, alpha=_BINS).to(torch.int32).clamp_(min=0)  # NaN: below all
+    above = share > borders.index_select(0, bins)
+    return levels.index_select(0, bins.add_(above, alpha=len(borders))).view_as(blocks_BK)
 
 
 def _compressed(scales: Tensor) -> Tensor:
@@ -251,7 +258,7 @@ def _half(step: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(half == 0, 0.0, 1 / step), half
 
 
-_NF4_TABLE, _FP4_TABLE = _Table.of(_NF4), _Table.of(_FP4)
+_NF4_TABLE, _FP4_TABLE = _Table.of(NF4), _Table.of(_FP4)
 _FORMATS: Mapping[str, tuple[int | None, Callable[[Tensor], _Written]]] = {
     "fp32": (1, _same),
     "bf16": (1, _bf16),
