@@ -170,6 +170,7 @@ def _settle_layer(source: str, name: str, layer: Any) -> None:
     if type(layer).__name__ == "Linear8bitLt":
         if weight.dtype != torch.int8:
             raise ModelError(f"{source}: {name} holds {weight.dtype}, and int8 was asked for")
+        weight.SCB = weight.SCB.clone()  # memory of its own, as for all other weights
         return
     state = weight.quant_state
     if state is None:
@@ -180,5 +181,6 @@ def _settle_layer(source: str, name: str, layer: Any) -> None:
         nested = ", scales quantized again" if state.nested else ""
         what = f"{state.quant_type} in blocks of {state.blocksize}{nested}"
         raise ModelError(f"{source}: {name} holds {what}; nf4 in blocks of {_BLOCK} was asked for")
+    state.absmax = state.absmax.clone()
     # Otherwise the first evaluation on a CPU with AVX512_BF16 packs it again, in place.
     layer.support_avx512bf16_for_cpu = False
