@@ -32,9 +32,9 @@ class Quantize(Transform):
     format: Annotated[Format, Choice(get_args(Format))] = "nf4"
     """nf4, int8: as a policy's precisions of these names; linear layers only. nf4_double: nf4 whose
     scales are rounded to 8 bits. fp4: the other four bits of bitsandbytes. q8_0, q4_0, q4_k:
-    llama.cpp's, the last with scales of scales. int4: sixteen even steps, one size for all that an
-    output reads. q3, q2: three and two bits in blocks of 16, like llama.cpp's Q3_K and Q2_K, but
-    the blocks' own scales are not rounded. mixed: the seed draws a format for each layer."""
+    llama.cpp's, the last with scales of scales. int4: multiples, up to 7, of one step for each
+    output. q3, q2: three and two bits in blocks of 16, like llama.cpp's Q3_K and Q2_K, but the
+    blocks' own scales are not rounded. mixed: the seed draws a format for each layer."""
 
     def transform(
         self, model: ModelHandle, target: Target, *, seed: int, ancestor: ModelHandle | None

@@ -293,6 +293,11 @@ def test_what_is_no_format_or_no_weight_is_refused():
             rounded(torch.ones(2, dtype=dtype), "nf4")
 
 
+def test_codes_of_other_shapes_are_not_compared():
+    with pytest.raises(ModelError, match=r"codes of weights of shapes \(1, 64\) and \(4, 64\)"):
+        flipped(torch.ones(1, 64), torch.ones(4, 64), "nf4")
+
+
 @pytest.mark.parametrize("form", ALL)
 def test_codes_flip_only_where_weights_change(form):
     before = drawn(32, 256) / 50
@@ -390,5 +395,6 @@ def test_rows_of_zeros_and_wide_layers_are_summed_exactly():
     inputs[1] = 0
     found = int8_linear(inputs, weight, None)
     assert (found[1] == 0).all()
+    assert int8_linear(inputs[:0], weight, None).shape == (0, 8)
     exact = inputs.double() @ rounded(weight, "int8").double().T
     assert (found - exact).norm() < 0.02 * exact.norm()
