@@ -609,15 +609,21 @@ def report(terminal: Terminal, *, run: Path) -> None:
     metavar="DIR",
     help="Everything it makes stays there.",
 )
+@click.option(
+    "--nf4",
+    is_flag=True,
+    help="Publish it in nf4 too, attacked and judged by itself; takes twice as long.",
+)
 @_workers_option
 @_common
 @click.pass_obj
-def demo(terminal: Terminal, *, output: Path, workers: int) -> int:
+def demo(terminal: Terminal, *, output: Path, nf4: bool, workers: int) -> int:
     """Watch an unprotected model be refused, an immunized one published, a changed byte noticed."""
     _need_torch()
     from release_guard.demo import run_demo  # noqa: PLC0415
 
-    code = run_demo(output, _session(terminal, workers), terminal.say)
+    policy_name = "fp32_and_nf4" if nf4 else "policy"
+    code = run_demo(output, _session(terminal, workers), terminal.say, policy_name=policy_name)
     terminal.data(str(output), {"output": str(output), "exit_code": code})
     return code
 

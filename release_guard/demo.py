@@ -31,9 +31,16 @@ _STEPS, _BATCH, _RATE = 2_000, 64, 2e-3
 Say = Callable[[str], None]
 
 
-def run_demo(output: Path, session: Session, say: Say) -> int:
-    """Play the three acts; 0 if each went as it should, else the exit code of what did not."""
-    _set_up(output, session, say)
+def run_demo(output: Path, session: Session, say: Say, *, policy_name: str = "policy") -> int:
+    """Play the three acts; 0 if each went as it should, else the exit code of what did not.
+
+    Args:
+        output: Folder for everything.
+        session: Workers and progress.
+        say: What is told on the way.
+        policy_name: Which of the example's policies.
+    """
+    _set_up(output, session, say, policy_name)
     policy = Policy.load(output / "policy.toml")
 
     say("Act 1. Publish the model as it is: nothing protects it.")
@@ -54,14 +61,14 @@ def run_demo(output: Path, session: Session, say: Say) -> int:
     return 0 if noticed else 1
 
 
-def _set_up(output: Path, session: Session, say: Say) -> None:
+def _set_up(output: Path, session: Session, say: Say, policy_name: str) -> None:
     example = example_folder()
     output.mkdir(parents=True, exist_ok=True)
     if not (output / "data").is_dir():
         with folder_made_whole(output / "data") as folder:
             for name in ("retained.parquet", "restricted.parquet"):
                 shutil.copyfile(example / name, folder / name)
-    shutil.copyfile(example / "policy.toml", output / "policy.toml")
+    shutil.copyfile(example / f"{policy_name}.toml", output / "policy.toml")
     if not (output / "key.pem").exists():
         generate_key(output, password=None)
     if not (output / "model").is_dir():

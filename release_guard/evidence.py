@@ -13,7 +13,7 @@ from release_guard.errors import IntegrityError
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Precision, Unit
 
-SUITE = "2.0"  # version of attacks, splits and rules together; part of every trial's key
+SUITE = "2.1"  # version of attacks, splits and rules together; part of every trial's key
 
 SCHEMA: Literal[3] = 3  # of evidence; 1 knew no effects of stages, 2 no artefacts
 

@@ -213,8 +213,8 @@ class Gate(_Value):
     """Largest factor by which kappa may be smaller at any other precision than at the first."""
     failed_precision: Literal["refuse", "leave_out"] = "refuse"
     """What becomes of a release of several precisions if one of them does not pass: it is refused,
-    or goes out without that one. A breach refuses it in any case if a finer precision would go
-    out: whoever has that one can round it."""
+    or goes out without that one. A breach leaves every finer precision out too: whoever has one of
+    those can round it."""
     max_failed: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Largest share of trials that may crash."""
     max_overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0

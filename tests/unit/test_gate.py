@@ -66,7 +66,7 @@ class TestVerdict:
         verdict = gate(passing_evidence(POLICY), POLICY)
         assert verdict.passed
         assert verdict.claim == (
-            "no breach found within 400 steps under suite v2.0, precisions fp32, "
+            "no breach found within 400 steps under suite v2.1, precisions fp32, "
             "dated 2026-01-02, expires 2026-07-01"
         )
         assert [check.name for check in verdict.checks] == [
@@ -732,7 +732,7 @@ def test_earlier_suites_trained_no_adapters_beside_packed_weights(attack: str, t
     old = gate(evidence.model_copy(update={"suite": "2.0"}), policy).not_tested
     (line,) = [each for each in old if "QLoRA" in each]
     assert told in line
-    new = gate(evidence.model_copy(update={"suite": "3.0"}), policy).not_tested
+    new = gate(evidence.model_copy(update={"suite": "2.1"}), policy).not_tested
     assert not any("QLoRA" in each for each in new)
 
 

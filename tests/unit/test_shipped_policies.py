@@ -128,8 +128,8 @@ def test_weights_are_rewritten_before_they_are_trained(name: str) -> None:
     chains = [spec.parts for spec in load(name).attacks if spec.parts]
     first = [part.options for part, *_ in chains]
     assert {"last_k", "one_block", "norms"} <= {each.get("part") for each in first}
-    whitened = [last for part, last in chains if part.options.get("whiten")]
-    assert [last.options["scope"] for last in whitened] == ["head"]
+    whitened = [parts for parts in chains if parts[0].options.get("whiten")]
+    assert [last.options["scope"] for _, last in whitened] == ["head"]
 
 
 def test_strict_has_the_ancestor_and_every_precision() -> None:
@@ -158,3 +158,16 @@ def test_what_default_leaves_out_can_be_put_in(tmp_path: Path) -> None:
 def test_the_demo_stays_as_cheap_as_it_was() -> None:
     red_team = Policy.load(ROOT / "examples" / "fashion_mnist" / "policy.toml").red_team
     assert (red_team.sham, red_team.drawn, red_team.searched) == (False, 0, 0)
+
+
+def test_the_demo_in_two_precisions_asks_for_the_same_and_for_tripwires_of_rounding() -> None:
+    folder = ROOT / "examples" / "fashion_mnist"
+    one, both = (Policy.load(folder / f"{name}.toml") for name in ("policy", "fp32_and_nf4"))
+    check_attacks(both)
+    assert both.precisions == ("fp32", "nf4")
+    assert both.attacks[: len(one.attacks)] == one.attacks
+    more = both.attacks[len(one.attacks) :]
+    assert {spec.options.get("format") for spec in more} == {"q4_k", "int4", "mixed", None}
+    assert [spec.name for spec in more] == ["quantize", "quantize", "quantize", "chain"]
+    same = both.model_copy(update={"precisions": one.precisions, "attacks": one.attacks})
+    assert same.model_dump() == one.model_dump()
