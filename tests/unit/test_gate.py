@@ -160,7 +160,7 @@ class TestAdmission:
         [
             ("defended", {"weights": "f" * 64}),
             ("undefended", {"weights": "f" * 64}),
-            ("defended", {"suite": "2.1"}),
+            ("defended", {"suite": "9.0"}),
             ("defended", {"ceiling": 0.9}),
             ("never_knew", {"budget": Budget(unit="flops", limit=1e9)}),
             ("undefended", {"data": "f" * 64}),
