@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo smollm2 test lint bench docs format clean
+.PHONY: demo demo-nf4 smollm2 test lint bench docs format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,10 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/release-guard demo --output demo
+
+# The same release in two precisions; takes twice as long.
+demo-nf4: $(READY)
+	$(BIN)/release-guard demo --nf4 --output demo-nf4
 
 # A refusal is an outcome too, not an error.
 smollm2: $(READY)
@@ -58,4 +62,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo smollm2
+	rm -rf $(VENV) demo demo-nf4 smollm2

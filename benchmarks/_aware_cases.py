@@ -140,7 +140,8 @@ class ConditionCase(Case):
 
 class MimaCase(Case):
     stage = "mima"
-    options = mima.DEFENCES["hardened"]
+    # At the rate of the narrower painters' benchmark no look was within the margin on seed 0.
+    options: ClassVar = {**mima.DEFENCES["hardened"], "upper_lr": 2.5e-4}
     measured = "similarity to the erased shapes after 32 steps of LoRA or DreamBooth"
     attacks = (
         {**mima.ATTACKS["LoRA"][1], "batch": 8},
@@ -148,7 +149,9 @@ class MimaCase(Case):
     )
 
     def policy(self, seed: int) -> Policy:
-        return mima.policy_for(mima.CONCEPTS, seed)
+        policy = mima.policy_for(mima.CONCEPTS, seed)
+        retain = policy.retain.model_copy(update={"margin": 0.02})
+        return policy.model_copy(update={"retain": retain})
 
     @cache  # noqa: B019
     def base(self, seed: int) -> ModelHandle:
