@@ -271,7 +271,7 @@ reaches on the true back end, adapters beside packed weights (QLoRA) and all wei
 LAYERS = """\
 Over the linear layers that nf4 rounds and the stage moved, medians (range) over layers and seeds.
 *Edit left* is the projection of the rounded edit's outputs on the edit's own, on inputs that the
-layer sees; *noise* the rest, in units of the edit. 1 and 0 would be an edit that rounding passes."""
+layer sees; *noise* the rest, in units of the edit. Rounding that lets an edit pass: 1 and 0."""
 EDITS = """\
 The tension: effect in fp32 -> at nf4, each as a share of the whole edit's in fp32, mean of the
 seeds. A part of the edit (diffuse and small: what rounding could drown); what its first singular
@@ -317,8 +317,8 @@ def _verdict(cells: Sequence[Mapping[str, Any]]) -> str:
     met = {True: "met", False: "MISSED"}
     case = CASES[cells[0]["stage"]]
     return (
-        f"harm is {case.measured}. Target, at least {WANTED:.0%} of the fp32 effect at nf4 on every "
-        f"seed: {met[min(kept_) >= WANTED]} (least {min(kept_):.0%}; seeing fp32 alone "
+        f"harm is {case.measured}. Target, at least {WANTED:.0%} of the fp32 effect at nf4 on "
+        f"every seed: {met[min(kept_) >= WANTED]} (least {min(kept_):.0%}; seeing fp32 alone "
         f"{min(_kept(one, 'F') for one in cells):.0%}). Retained score non-inferior to U rounded "
         f"alike, margin {MARGIN:.0%}: {met[worst <= MARGIN]} (highest upper bound {worst:.1%}). At "
         f"most {DEAREST:g} times the time: {met[max(times) <= DEAREST]} ({max(times):.2f})."

@@ -26,12 +26,13 @@ from release_guard.preflight import (
     public_ancestor,
 )
 from release_guard.quantization import runnable
-from release_guard.redteam import Session, Subject
+from release_guard.redteam import Session
 from release_guard.run import Run, folder_made_whole, share_files
 from release_guard.sham_weights import sham_of
 from release_guard.sharding import gather, settled
 from release_guard.shards import leads, wait, world
 from release_guard.stages import Stage, Workspace
+from release_guard.subject import Subject
 
 if TYPE_CHECKING:
     from release_guard.modalities import ModelHandle

@@ -21,12 +21,13 @@ from release_guard.oms import sign
 from release_guard.policy import Policy
 from release_guard.preflight import Order, local_folder
 from release_guard.preparation import apply_stages, open_run, prepare
-from release_guard.redteam import Session, Subject, artefact_roots, red_team
+from release_guard.redteam import Session, red_team
 from release_guard.release import Candidate, Check, Receipt, Result, Verdict
 from release_guard.report import render
 from release_guard.run import Run, folder_made_whole, share_files
 from release_guard.signers import Signer
 from release_guard.stages import Stage
+from release_guard.subject import Subject
 from release_guard.verify import Trust, require_intact, verify
 
 
@@ -155,7 +156,7 @@ def _finished(subject: Subject, run: Run, policy: Policy) -> Evidence | None:
     ]
     about = [known.base, known.immunized, known.policy, known.suite, known.schema_version]
     same = about == [*roots, policy.digest, SUITE, SCHEMA] and known.as_is == subject.as_is
-    same = same and known.artefacts == artefact_roots(subject, policy)
+    same = same and known.artefacts == subject.roots(policy)
     crashed = any(record.outcome.ending == "failed" for record in known.records)
     return known if same and not crashed else None
 

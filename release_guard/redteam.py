@@ -10,34 +10,26 @@ Then it ends everything: more evidence could not change a refusal. Where the pol
 precision out, it ends what it refuses, and the coarser ones go on.
 """
 
-import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING
 
 from release_guard import __version__
 from release_guard.adaptive import Tried, loss, propose
 from release_guard.attacks import Attack
-from release_guard.data import scored
 from release_guard.engines import OUT_OF_MEMORY, Engine, Job
 from release_guard.errors import ModelError
 from release_guard.evidence import (
     Arm,
-    Change,
     Evidence,
     Outcome,
     Record,
-    Retention,
-    StageReport,
     Trial,
     Unattacked,
 )
 from release_guard.ledger import Ledger
 from release_guard.manifest import hash_directory
-from release_guard.modalities import Modality
 from release_guard.phases import (
     ADAPT,
     CONFIRM,
@@ -49,7 +41,6 @@ from release_guard.phases import (
     RECOVER,
     SEARCH,
     TUNE,
-    Folders,
     Ground,
     Phase,
 )
@@ -57,7 +48,7 @@ from release_guard.plugins import Spec
 from release_guard.policy import Concept, MergeTarget, Policy, Precision, Target
 from release_guard.precisions import survivors
 from release_guard.priors import fitting, searchable
-from release_guard.quantization import at, runnable
+from release_guard.quantization import runnable
 from release_guard.search import (
     DRAWN_AT_ONCE,
     best_of_each_family,
@@ -71,10 +62,8 @@ from release_guard.search import (
     smaller,
 )
 from release_guard.statistics import best_score, breached, confirm, flagged
+from release_guard.subject import Subject
 from release_guard.usefulness import counted, expected, shortfall
-
-if TYPE_CHECKING:
-    from release_guard.modalities import ModelHandle
 
 Progress = Callable[[str, int, int, str], None]
 """Phase, steps done, steps in all, and a line worth showing."""
@@ -104,48 +93,6 @@ class Session:
         return Engine.build(engine, where="engine")
 
 
-@dataclass(frozen=True)
-class Subject:
-    """The models compared.
-
-    Attributes:
-        undefended: Folder of the base model.
-        defended: Folder of the very files to be published.
-        base: Loaded from `undefended`.
-        immunized: Loaded from `defended`.
-        stages: What the stages said of themselves.
-        as_is: No stage was to be applied.
-        sham: Folder of a model moved as far to no purpose, if the policy asks for one.
-        ancestor: Folder of the public ancestor; `undefended` if that is public itself.
-        artefacts: Folders of the precisions that are published in files of their own: what is
-            attacked there. The other arms are rounded in memory.
-    """
-
-    undefended: Path
-    defended: Path
-    base: "ModelHandle"
-    immunized: "ModelHandle"
-    stages: tuple[StageReport, ...] = ()
-    sham: Path | None = None
-    ancestor: Path | None = None
-    artefacts: Mapping[Precision, Path] = field(default_factory=dict)
-    as_is: bool = False
-
-    @property
-    def folders(self) -> Folders:
-        """Where everything lies."""
-        return Folders(
-            self.undefended, self.defended, self.sham, self.ancestor, artefacts=self.artefacts
-        )
-
-    def seen(self, arm: Arm, precision: Precision, policy: Policy) -> "ModelHandle":
-        """The base or the immunized model at a precision: its very files, if there are some."""
-        if arm == "defended" and precision in self.artefacts:
-            modality = Modality.build(policy.modality)
-            return modality.load(str(self.artefacts[precision]), artefact=precision)
-        return at(self.immunized if arm == "defended" else self.base, precision)
-
-
 class Breached(Exception):  # noqa: N818  not an error: the one early way out
     """A breach of the defended model was confirmed, and no precision is left to publish."""
 
@@ -159,7 +106,7 @@ def red_team(subject: Subject, policy: Policy, ledger: Ledger, session: Session)
     started = session.now().isoformat()
     unrunnable = _unrunnable(policy, session)
     # First of all: a judge that cannot be believed ends it before anything is spent.
-    unattacked = tuple(_unattacked(subject, policy, unrunnable))
+    unattacked = tuple(subject.unattacked(_runnable(policy, unrunnable), policy))
     with session.build_engine() as engine:
         team = _Team(subject, policy, ledger, session, engine, unattacked, unrunnable)
         try:
@@ -493,22 +440,19 @@ class _Team:
 
 def _evidence(team: _Team, started_at: str) -> Evidence:
     subject, policy = team.subject, team.policy
-    overlaps = {
-        target.name: subject.base.overlap(target.dataset, _others(target, policy))
-        for target in policy.targets
-    }
+    overlaps = subject.overlaps(policy)
     unavailable: dict[Arm, str] = {}
     if policy.red_team.never_knew == "unavailable":
         unavailable["never_knew"] = "the policy declares it unavailable; no sigma is claimed"
-    retention = tuple(_retention(subject, policy, precision) for precision in team.precisions)
+    retention = tuple(subject.retention(precision, policy) for precision in team.precisions)
     return Evidence(
         tool=f"release-guard {__version__}",
         policy=policy.digest,
         base=hash_directory(subject.undefended).payload.root,
         immunized=hash_directory(subject.defended).payload.root,
-        artefacts=artefact_roots(subject, policy),
+        artefacts=subject.roots(policy),
         ceilings=team.ceilings,
-        change=change(subject.base, subject.immunized),
+        change=subject.change,
         unavailable=unavailable,
         unrunnable=team.unrunnable,
         overlap={name: overlap.exact for name, overlap in overlaps.items()},
@@ -525,41 +469,6 @@ def _evidence(team: _Team, started_at: str) -> Evidence:
     )
 
 
-def artefact_roots(subject: Subject, policy: Policy) -> dict[Precision, str]:
-    """Digests of the files of every precision that has some."""
-    folders = {"fp32": subject.defended, **subject.artefacts}
-    return {
-        precision: hash_directory(folders[precision]).payload.root
-        for precision in policy.precisions
-        if precision in folders
-    }
-
-
-def _others(target: Target, policy: Policy) -> str:
-    """The data that must not hold a target's examples: what else is to be kept."""
-    return target.donor_dataset if isinstance(target, MergeTarget) else policy.retain.dataset
-
-
-def change(base: "ModelHandle", immunized: "ModelHandle") -> Change:
-    """Relative L2 distance of every tensor; both handles share names and shapes.
-
-    Raises:
-        ModelError: They do not.
-    """
-    before, after = base.state(), immunized.state()
-    if {name: value.shape for name, value in before.items()} != {
-        name: value.shape for name, value in after.items()
-    }:
-        raise ModelError("the two models differ in their tensors' names or shapes; give `--base`")
-    distances = {
-        name: float(
-            (after[name].double() - value.double()).norm() / max(1e-12, value.double().norm())
-        )
-        for name, value in before.items()
-    }
-    return Change(identical=not any(distances.values()), relative_l2=distances)
-
-
 def _unrunnable(policy: Policy, session: Session) -> dict[Precision, str]:
     """The policy's precisions that cannot be run here, and why."""
     reasons = {precision: runnable(precision) for precision in policy.precisions}
@@ -573,35 +482,6 @@ def _unrunnable(policy: Policy, session: Session) -> dict[Precision, str]:
 
 def _runnable(policy: Policy, unrunnable: Collection[Precision]) -> tuple[Precision, ...]:
     return tuple(precision for precision in policy.precisions if precision not in unrunnable)
-
-
-def _unattacked(
-    subject: Subject, policy: Policy, unrunnable: Collection[Precision]
-) -> Iterator[Unattacked]:
-    """What both models do at no cost: the release must not, the other one must be seen to learn."""
-    arms: tuple[Arm, ...] = ("undefended", "defended")
-    for arm, precision in itertools.product(arms, _runnable(policy, unrunnable)):
-        model = subject.seen(arm, precision, policy)
-        for concept in policy.concepts:
-            dataset, split = scored(concept, "confirm")
-            scores = model.scores(dataset, split, limit=policy.red_team.confirm_examples)
-            yield Unattacked(
-                arm=arm,
-                target=concept.name,
-                precision=precision,
-                score=fmean(scores),
-                examples=len(scores),
-            )
-
-
-def _retention(subject: Subject, policy: Policy, precision: Precision) -> Retention:
-    limit = policy.red_team.confirm_examples * 2  # pairs are cheap and decide the bound's width
-    dataset = policy.retain.dataset
-    base, immunized = (
-        tuple(subject.seen(arm, precision, policy).scores(dataset, "utility", limit=limit))
-        for arm in ("undefended", "defended")
-    )
-    return Retention(precision=precision, base=base, immunized=immunized)
 
 
 def _line(record: Record) -> str:

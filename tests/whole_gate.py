@@ -14,9 +14,10 @@ from release_guard.gate import gate
 from release_guard.ledger import Ledger
 from release_guard.modalities import Modality, ModelHandle
 from release_guard.policy import Policy
-from release_guard.redteam import Subject, red_team
+from release_guard.redteam import red_team
 from release_guard.release import Result, Verdict
 from release_guard.sham_weights import sham_of
+from release_guard.subject import Subject
 
 SMALL = {
     "budget": {"unit": "steps", "limit": 20},

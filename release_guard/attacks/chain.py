@@ -48,7 +48,7 @@ class Chain(Attack):
     @model_validator(mode="after")
     def _is_more_than_one(self) -> Self:
         if len(self.steps) + len(self.after) == 1:
-            raise ValueError("one step is no chain; list the attack itself, or say what comes after")
+            raise ValueError("one step is no chain; list the attack itself, or give `after`")
         return self
 
     @property

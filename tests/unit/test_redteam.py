@@ -19,7 +19,8 @@ from release_guard.modalities import Modality
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.quantization import runnable
-from release_guard.redteam import Subject, red_team
+from release_guard.redteam import red_team
+from release_guard.subject import Subject
 
 FAST = {"name": "finetune", "optimizer": "adam", "lr": 0.003, "batch": 32}
 SLOW = {"name": "finetune", "optimizer": "sgd", "lr": 1e-6, "batch": 32}
