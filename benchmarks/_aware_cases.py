@@ -29,6 +29,8 @@ from release_guard.run import folder_made_whole
 PLACE = Path("runs/bench/quantization")
 WIDE = {"steps": 1_500, "width": 32}
 """Painters whose text features and wider half have whole blocks."""
+ROUNDS = 240
+"""Steps of concept suppression, half of those in its own benchmark."""
 
 
 class Case(ABC):
@@ -144,8 +146,8 @@ class MimaCase(Case):
     options: ClassVar = {**mima.DEFENCES["hardened"], "upper_lr": 2.5e-4}
     measured = "similarity to the erased shapes after 32 steps of LoRA or DreamBooth"
     attacks = (
-        {**mima.ATTACKS["LoRA"][1], "batch": 8},
-        {**mima.ATTACKS["DreamBooth"][1], "batch": 8},
+        mima.ATTACKS["LoRA"][1],
+        mima.ATTACKS["DreamBooth"][1],
     )
 
     def policy(self, seed: int) -> Policy:
@@ -241,4 +243,5 @@ def options(case: Case, seed: int) -> Mapping[str, Any]:
     if case.stage != "concept_suppression":
         return case.options
     teacher = str(WideGround(seed).teacher.resolve())
-    return {**suppressed.COMMON, **suppressed.VARIANTS[suppressed.BEST], "teacher": teacher}
+    hardened = {**suppressed.COMMON, **suppressed.VARIANTS[suppressed.BEST], "teacher": teacher}
+    return {**hardened, "total_steps": ROUNDS, "probe_every": ROUNDS}

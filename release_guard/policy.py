@@ -29,9 +29,9 @@ HUB_PREFIX = "hf://"
 
 _MERGES = ("merge", "merge_with_data")  # attacks that add one model's weights to another's
 
-_AWARENESS: Mapping[Precision, float] = {"fp32": 1, "bf16": 1, "int8": 1, "nf4": 3}
-"""Weights of the precisions of a policy that says nothing else: what holds at the coarsest mostly
-holds at finer ones, and not the other way round."""
+_COARSEST = 0.75
+"""Of the steps of a stage: what holds in the coarsest format mostly holds in finer ones, and not the
+other way round."""
 
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -239,8 +239,8 @@ class Policy(_Value):
     of bitsandbytes, and round every linear layer but the head."""
     awareness: Annotated[Mapping[Format, Weight], Field(min_length=1)] | None = None
     """Relative weights of the formats that stages see the model in, one drawn for each step. None:
-    the precisions, nf4 as 3 and all others as 1. Formats that are not published may be among them;
-    { fp32 = 1 } leaves rounding out."""
+    the coarsest of the precisions three times in four, else one of the others. Formats that are not
+    published may be among them; { fp32 = 1 } leaves rounding out."""
     retain: Retain
     concepts: tuple[Concept, ...] = ()
     merge_targets: tuple[MergeTarget, ...] = ()
@@ -280,7 +280,9 @@ class Policy(_Value):
         """The formats that stages see the model in, with their weights."""
         if self.awareness is not None:
             return self.awareness
-        return {precision: _AWARENESS[precision] for precision in self.precisions}
+        *others, coarsest = sorted(self.precisions, key=get_args(Precision).index)
+        shares: dict[Format, float] = {each: (1 - _COARSEST) / len(others) for each in others}
+        return {**shares, coarsest: _COARSEST}
 
     def aimed_at(self, target: Target) -> tuple[Spec, ...]:
         """The listed attacks on a target, by what they end in, in their order.

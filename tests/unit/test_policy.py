@@ -226,3 +226,33 @@ def test_check_finds_wrong_options_and_missing_files(tmp_path: Path) -> None:
 def test_nothing_is_infinite(old: str, new: str, tmp_path: Path) -> None:
     (line,) = complaints(POLICY.replace(old, new), tmp_path)
     assert line.endswith("found inf; Input should be a finite number")
+
+
+@pytest.mark.parametrize(
+    ("precisions", "seen"),
+    [
+        ('["fp32"]', {"fp32": 0.75}),
+        ('["nf4", "fp32"]', {"fp32": 0.25, "nf4": 0.75}),
+        ('["fp32", "nf4", "int8"]', {"fp32": 0.125, "int8": 0.125, "nf4": 0.75}),
+        ('["fp32", "bf16"]\nawareness = { q4_0 = 2, fp32 = 1 }', {"q4_0": 2, "fp32": 1}),
+    ],
+)
+def test_stages_see_the_coarsest_precision_most(
+    precisions: str, seen: dict[str, float], tmp_path: Path
+) -> None:
+    text = POLICY.replace('precisions = ["fp32"]', f"precisions = {precisions}")
+    assert dict(load(text, tmp_path).seen_in) == seen
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("awareness = {}", "awareness"),
+        ("awareness = { fp32 = 0 }", "awareness"),
+        ("awareness = { gptq = 1 }", "awareness"),
+        ("awareness = { nf4 = nan }", "awareness"),
+    ],
+)
+def test_weights_of_formats_are_checked(given: str, told: str, tmp_path: Path) -> None:
+    text = POLICY.replace('precisions = ["fp32"]', f'precisions = ["fp32"]\n{given}')
+    assert told in complaints(text, tmp_path)[0]
