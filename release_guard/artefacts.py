@@ -49,7 +49,7 @@ def packed_names(
     names = tuple(
         name
         for name, layer in module.named_modules()
-        if (type(layer) is nn.Linear or _is_packed(layer))
+        if (type(layer) is nn.Linear or is_packed(layer))
         and layer not in whole
         and (precision != "nf4" or layer.in_features % _BLOCK == 0)
     )
@@ -140,7 +140,7 @@ def settle(source: str, module: nn.Module, kept: Sequence[nn.Module], precision:
         kind = type(layer).__name__
         if name in wanted and kind != PACKED[precision]:
             raise ModelError(f"{source}: {name} is {kind}, and {precision} was asked for")
-        if name not in wanted and _is_packed(layer):
+        if name not in wanted and is_packed(layer):
             raise ModelError(f"{source}: {name} is {kind}, and {precision} leaves it as it is")
         if name in wanted:
             _settle_layer(source, name, layer)
@@ -161,8 +161,19 @@ def require_library(precision: Precision) -> None:
         raise ModelError(f"{precision}: bitsandbytes cannot be imported; {advice}") from None
 
 
-def _is_packed(layer: nn.Module) -> bool:
+def is_packed(layer: nn.Module) -> bool:
+    """Whether a layer is one of bitsandbytes'."""
     return type(layer).__name__ in PACKED.values()
+
+
+def keep_as_packed(layer: Any) -> None:
+    """Have a 4-bit layer stay as it is.
+
+    Otherwise the first evaluation on a CPU with AVX512_BF16 packs it once more, in place, for a
+    kernel that has no backward: all gradients through it would be cut, silently.
+    """
+    if hasattr(layer, "support_avx512bf16_for_cpu"):
+        layer.support_avx512bf16_for_cpu = False
 
 
 def _settle_layer(source: str, name: str, layer: Any) -> None:
@@ -182,5 +193,4 @@ def _settle_layer(source: str, name: str, layer: Any) -> None:
         what = f"{state.quant_type} in blocks of {state.blocksize}{nested}"
         raise ModelError(f"{source}: {name} holds {what}; nf4 in blocks of {_BLOCK} was asked for")
     state.absmax = state.absmax.clone()
-    # Otherwise the first evaluation on a CPU with AVX512_BF16 packs it again, in place.
-    layer.support_avx512bf16_for_cpu = False
+    keep_as_packed(layer)

@@ -30,8 +30,8 @@ HUB_PREFIX = "hf://"
 _MERGES = ("merge", "merge_with_data")  # attacks that add one model's weights to another's
 
 _COARSEST = 0.75
-"""Of the steps of a stage: what holds in the coarsest format mostly holds in finer ones, and not the
-other way round."""
+"""Of the steps of a stage: what holds in the coarsest format mostly holds in finer ones, and not
+the other way round."""
 
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 

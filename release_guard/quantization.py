@@ -16,6 +16,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor, nn
 
+from release_guard.artefacts import is_packed, keep_as_packed
 from release_guard.errors import ModelError
 from release_guard.formats import rounded
 from release_guard.modalities import ModelHandle
@@ -61,7 +62,7 @@ def plain(model: ModelHandle) -> ModelHandle:
             with torch.no_grad():
                 layer.weight.copy_(layer.seen())
             layer.forget()
-        elif _is_packed(layer):
+        elif is_packed(layer):
             setattr(part, name, _unpacked(layer))
     for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(twin.module).pop(mark, None)
@@ -238,7 +239,7 @@ def _linear_layers(model: ModelHandle) -> Iterator[tuple[nn.Module, str, nn.Line
         for name, layer in list(part.named_children()):
             if not isinstance(layer, nn.Linear) or layer in whole:
                 continue
-            if type(layer) in (nn.Linear, _Aware) or _is_packed(layer):
+            if type(layer) in (nn.Linear, _Aware) or is_packed(layer):
                 yield part, name, layer
 
 
@@ -266,19 +267,9 @@ def _packed_layer(layer: nn.Linear, precision: Precision) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # they draw weights that nobody wants
         made = _empty4bit(layer) if precision == "nf4" else _empty8bit(layer)
     made.load_state_dict(layer.state_dict())
-    settle_packed(made)
+    keep_as_packed(made)
     quantized: nn.Module = made.to(layer.weight.device)
     return quantized.train(layer.training)
-
-
-def settle_packed(layer: Any) -> None:
-    """Keep a 4-bit layer as it is.
-
-    Otherwise the first evaluation on a CPU with AVX512_BF16 packs the weights once more, for a
-    kernel that has no backward: all gradients through this layer would be cut, silently.
-    """
-    if hasattr(layer, "support_avx512bf16_for_cpu"):
-        layer.support_avx512bf16_for_cpu = False
 
 
 def _empty4bit(layer: nn.Linear) -> Any:
@@ -300,10 +291,6 @@ def _empty8bit(layer: nn.Linear) -> Any:
         has_fp16_weights=False,
         threshold=_OUTLIER,
     )
-
-
-def _is_packed(layer: nn.Linear) -> bool:
-    return type(layer).__name__ in {"Linear4bit", "Linear8bitLt"}
 
 
 def _unpacked(layer: Any) -> nn.Linear:
