@@ -41,12 +41,14 @@ class Case(ABC):
         options: What it is given.
         measured: What `harm` says.
         split: Of the retained data on which the retained score is taken.
+        dissected: Whether parts of its edit are looked at; a painter's effect takes too long.
     """
 
     stage: ClassVar[str]
     options: ClassVar[Mapping[str, Any]]
     measured: ClassVar[str]
     split: ClassVar[Any] = "utility"
+    dissected: ClassVar[bool] = True
 
     @abstractmethod
     def policy(self, seed: int) -> Policy:
@@ -142,6 +144,7 @@ class ConditionCase(Case):
 
 class MimaCase(Case):
     stage = "mima"
+    dissected = False
     # At the rate of the narrower painters' benchmark no look was within the margin on seed 0.
     options: ClassVar = {**mima.DEFENCES["hardened"], "upper_lr": 2.5e-4}
     measured = "similarity to the erased shapes after 32 steps of LoRA or DreamBooth"
@@ -197,6 +200,7 @@ class MergeCase(Case):
 
 class SuppressionCase(Case):
     stage = "concept_suppression"
+    dissected = False
     measured = "share of rings when asked for, after 12 steps of relearning, all weights or LoRA"
     attacks = (
         {"name": "finetune", "lr": 1e-3, "batch": 16},

@@ -89,7 +89,9 @@ def measured(case: Case, seed: int) -> dict[str, Any]:
         "judged": at_precision,
         "effects": effects,
         "layers": {arm: layers(case, seed, base, models[arm]) for arm in ("F", "Q")},
-        "edits": {arm: edits(stage, base, models[arm], policy) for arm in ("F", "Q")},
+        "edits": {
+            arm: edits(stage, base, models[arm], policy) for arm in ("F", "Q") if case.dissected
+        },
     }
     print(json.dumps({key: found[key] for key in ("stage", "seed", "seconds", "effects")}),
           file=sys.stderr, flush=True)  # fmt: skip
@@ -256,7 +258,12 @@ def markdown(result: Mapping[str, Any]) -> str:
                 ["stage", "arm", "first direction",
                  *(f"{share:g} of the edit" for share in SHARES),
                  *(f"rank {rank} {what}" for rank in RANKS for what in ("kept", "stripped"))],
-                [row for name, cells in by_stage.items() for row in _edit_rows(name, cells)],
+                [
+                    row
+                    for name, cells in by_stage.items()
+                    if CASES[name].dissected
+                    for row in _edit_rows(name, cells)
+                ],
             ),
             EDITS,
         ]
