@@ -11,6 +11,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import torch
+
 from benchmarks import _mergeable, _painters, mima, sophon
 from benchmarks import concept_suppression as suppressed
 from benchmarks import merge_guard as merging
@@ -25,10 +27,13 @@ from release_guard.policy import Budget, Policy
 from release_guard.pruning import depth, prune
 from release_guard.quantization import plain
 from release_guard.run import folder_made_whole
+from release_guard.stages import Stage, Workspace
 
 PLACE = Path("runs/bench/quantization")
 WIDE = {"steps": 1_500, "width": 32}
 """Painters whose text features and wider half have whole blocks."""
+ALONE = {"variant": "code", "inner": suppressed.NEVER, "anchor": None}
+"""Options of the stage that leave distillation alone."""
 ROUNDS = 240
 """Steps of concept suppression, half of those in its own benchmark."""
 
@@ -41,6 +46,7 @@ class Case(ABC):
         options: What it is given.
         measured: What `harm` says.
         split: Of the retained data on which the retained score is taken.
+        by_harm: Its effect is what is left of harm, as its own yardstick asks for something else.
         dissected: Whether parts of its edit are looked at; a painter's effect takes too long.
     """
 
@@ -48,6 +54,7 @@ class Case(ABC):
     options: ClassVar[Mapping[str, Any]]
     measured: ClassVar[str]
     split: ClassVar[Any] = "utility"
+    by_harm: ClassVar[bool] = False
     dissected: ClassVar[bool] = True
 
     @abstractmethod
@@ -57,6 +64,10 @@ class Case(ABC):
     @abstractmethod
     def base(self, seed: int) -> ModelHandle:
         """The undefended model."""
+
+    def control(self, seed: int) -> ModelHandle:
+        """What arm U is judged on."""
+        return self.base(seed)
 
     @abstractmethod
     def harm(self, model: ModelHandle, seed: int) -> float:
@@ -144,6 +155,7 @@ class ConditionCase(Case):
 
 class MimaCase(Case):
     stage = "mima"
+    by_harm = True  # `hardened` asks for another picture, its yardstick for a higher loss
     dissected = False
     # At the rate of the narrower painters' benchmark no look was within the margin on seed 0.
     options: ClassVar = {**mima.DEFENCES["hardened"], "upper_lr": 2.5e-4}
@@ -213,6 +225,20 @@ class SuppressionCase(Case):
     @cache  # noqa: B019
     def base(self, seed: int) -> ModelHandle:
         return WideGround(seed).student
+
+    @cache  # noqa: B019
+    def control(self, seed: int) -> ModelHandle:
+        """Distilled only: what was just pruned paints nothing."""
+        path, given = PLACE / f"distilled-{seed}.pt", {**options(self, seed), **ALONE}
+        model = self.base(seed).copy()
+        if not path.exists():
+            stage = Stage.build(Spec(name=self.stage, **given))
+            with tempfile.TemporaryDirectory() as name:
+                workspace = Workspace(Path(name), Path(name), lambda *_: None, lambda _: None)
+                made = stage.immunize(self.base(seed), self.policy(seed), workspace)
+            torch.save(made.state(), path)
+        model.load_state(torch.load(path, weights_only=True))
+        return model
 
     def harm(self, model: ModelHandle, seed: int) -> float:
         ground = WideGround(seed)

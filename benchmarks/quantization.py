@@ -75,7 +75,10 @@ def measured(case: Case, seed: int) -> dict[str, Any]:
     models["S"] = sham(case, seed, models["Q"])
     policy = case.policy(seed)
     at_precision = {
-        precision: {arm: judged(case, seed, models[arm], precision) for arm in ARMS}
+        precision: {
+            arm: judged(case, seed, model, precision)
+            for arm, model in {**models, "U": case.control(seed)}.items()
+        }
         for precision in PRECISIONS
     }
     effects = {
@@ -271,7 +274,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 CAPTION = """\
-Small scale, {seeds} seeds: mean (range). U is undefended, F immunized seeing fp32 alone, Q seeing
+Small scale, {seeds} seeds: median (range). U is undefended (of concept_suppression, distilled
+without it), F immunized seeing fp32 alone, Q seeing
 fp32, int8 and nf4, S moved as far as Q at random. *Effect* is the stage's own yardstick on both
 models after rounding (0: none), and *kept* its share of that in fp32. *Harm* is what an attack
 reaches on the true back end, adapters beside packed weights (QLoRA) and all weights dequantized:"""
@@ -305,7 +309,13 @@ def _rows(name: str, cells: Sequence[Mapping[str, Any]]) -> Iterable[list[str]]:
 
 
 def _kept(one: Mapping[str, Any], arm: str) -> float:
+    """The effect at nf4 as a share of that in fp32."""
     effects = one["effects"][arm]
+    if CASES[one["stage"]].by_harm:
+        effects = {
+            precision: place["U"]["harm"] - place[arm]["harm"]
+            for precision, place in one["judged"].items()
+        }
     whole: float = effects["fp32"]
     return float(effects["nf4"]) / whole if whole > _NOTHING else 0.0
 

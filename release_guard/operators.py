@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from release_guard.modalities import Batch, ModelHandle, Painter
+from release_guard.policy import Format
 from release_guard.quantization import through
 
 Weights = Mapping[str, Tensor]
@@ -126,31 +127,26 @@ class Attacker:
     """
 
     def __init__(
-        self,
-        drawn: Mapping[str, Any],
-        operator: Operator,
-        theta: Weights,
-        *,
-        seed: int,
-        rounded: Sequence[str] = (),
+        self, drawn: Mapping[str, Any], operator: Operator, theta: Weights, *, seed: int
     ) -> None:
-        """Begin.
-
-        Args:
-            drawn: Holds its learning rate as `rate` (Adam), and as `form` the format that it has
-                the released weights in: what it learns beside them is in full precision (QLoRA).
-            operator: What it trains.
-            theta: The released weights.
-            seed: Of what it begins with.
-            rounded: Names of the weights that this format rounds.
-        """
+        """Begin; `drawn` holds its learning rate as `rate` (Adam)."""
         self.drawn = dict(drawn)
         self.age = 0
         self._operator = operator
-        self._rounded = tuple(rounded)
+        self._form: Format = "fp32"
+        self._rounded: tuple[str, ...] = ()
         begun = operator.begin(theta, seed=seed)
         self._phi = {name: leaf(part) for name, part in begun.items()}
         self._optimizer = torch.optim.Adam(list(self._phi.values()), lr=drawn["rate"], fused=True)
+
+    def have(self, form: Format, rounded: Sequence[str]) -> None:
+        """Have the released weights in a format from now on; what is learnt stays exact (QLoRA).
+
+        Args:
+            form: Which.
+            rounded: Names of the weights that it rounds.
+        """
+        self._form, self._rounded = form, tuple(rounded)
 
     def weights(self, theta: Weights) -> dict[str, Tensor]:
         """What it has made of the weights that it changes or has rounded.
@@ -158,7 +154,7 @@ class Attacker:
         The model that they are put into MUST be seen in fp32.
         """
         fixed = {name: weight.detach() for name, weight in theta.items()}
-        seen = {name: through(fixed[name], self.drawn["form"]) for name in self._rounded}
+        seen = {name: through(fixed[name], self._form) for name in self._rounded}
         return seen | self._operator.adapted(fixed | seen, self._phi)
 
     def step(self, model: ModelHandle, theta: Weights, batch: Batch) -> None:

@@ -390,6 +390,8 @@ class _Bilevel(Training):
         attacker = self._attackers.get(place)
         if attacker is None or attacker.age >= attacker.drawn["life"]:
             attacker = self._attackers[place] = self._new_attacker(place)
+        form = self.form(f"attacker/{place}")  # it never begins anew, perhaps: one for each step
+        attacker.have(form, seen_names(self.theta, form))
         for lap in range(self._options.lower_steps):
             batch = self._restricted(attacker.drawn["concept"], f"lower/{place}/{lap}")
             attacker.step(self.theta, self._weights, batch)
@@ -405,19 +407,12 @@ class _Bilevel(Training):
             if place not in self._attackers:  # every moment of an attack is always present
                 life = max(1, round(life * chance.random()))
         rate = _drawn_rate(options.lower_lr, chance) * _RATES[operator]
-        drawn = {
-            "operator": operator,
-            "concept": concept,
-            "rate": rate,
-            "life": life,
-            "form": self.form(f"attacker/{place}"),
-        }
+        drawn = {"operator": operator, "concept": concept, "rate": rate, "life": life}
         return self._attacker(drawn, seed=chance.getrandbits(31))
 
     def _attacker(self, drawn: Mapping[str, Any], *, seed: int) -> Attacker:
         operator = self._operator(drawn["operator"], drawn["concept"])
-        names = seen_names(self.theta, drawn["form"])
-        return Attacker(drawn, operator, self._weights, seed=seed, rounded=names)
+        return Attacker(drawn, operator, self._weights, seed=seed)
 
     def _operator(self, name: OperatorName, concept: int) -> Operator:
         keyed = tuple(name for name in self._weights if name.endswith(_KEYED))
