@@ -23,7 +23,7 @@ from benchmarks._merges import front
 from release_guard.attacks import Attack
 from release_guard.modalities import Modality, ModelHandle, Painter
 from release_guard.plugins import Spec
-from release_guard.policy import Budget, Policy
+from release_guard.policy import Budget, Policy, Precision
 from release_guard.pruning import depth, prune
 from release_guard.quantization import plain
 from release_guard.run import folder_made_whole
@@ -47,6 +47,7 @@ class Case(ABC):
         measured: What `harm` says.
         split: Of the retained data on which the retained score is taken.
         by_harm: Its effect is what is left of harm, as its own yardstick asks for something else.
+        precisions: At which it is judged; painters are slow, and int8 differs from fp32 nowhere.
         dissected: Whether parts of its edit are looked at; a painter's effect takes too long.
     """
 
@@ -56,6 +57,7 @@ class Case(ABC):
     split: ClassVar[Any] = "utility"
     by_harm: ClassVar[bool] = False
     dissected: ClassVar[bool] = True
+    precisions: ClassVar[Sequence[Precision]] = ("fp32", "int8", "nf4")
 
     @abstractmethod
     def policy(self, seed: int) -> Policy:
@@ -157,6 +159,7 @@ class MimaCase(Case):
     stage = "mima"
     by_harm = True  # `hardened` asks for another picture, its yardstick for a higher loss
     dissected = False
+    precisions = ("fp32", "nf4")
     # At the rate of the narrower painters' benchmark no look was within the margin on seed 0.
     options: ClassVar = {**mima.DEFENCES["hardened"], "upper_lr": 2.5e-4}
     measured = "similarity to the erased shapes after 32 steps of LoRA or DreamBooth"
@@ -213,6 +216,7 @@ class MergeCase(Case):
 class SuppressionCase(Case):
     stage = "concept_suppression"
     dissected = False
+    precisions = ("fp32", "nf4")
     measured = "share of rings when asked for, after 12 steps of relearning, all weights or LoRA"
     attacks = (
         {"name": "finetune", "lr": 1e-3, "batch": 16},

@@ -79,10 +79,10 @@ def measured(case: Case, seed: int) -> dict[str, Any]:
             arm: judged(case, seed, model, precision)
             for arm, model in {**models, "U": case.control(seed)}.items()
         }
-        for precision in PRECISIONS
+        for precision in case.precisions
     }
     effects = {
-        arm: {one: effect(stage, base, models[arm], policy, one) for one in PRECISIONS}
+        arm: {one: effect(stage, base, models[arm], policy, one) for one in case.precisions}
         for arm in ("F", "Q", "S")
     }
     found = {
@@ -292,20 +292,25 @@ there."""
 
 
 def _rows(name: str, cells: Sequence[Mapping[str, Any]]) -> Iterable[list[str]]:
+    at = CASES[name].precisions
     for arm in ARMS:
-        harm = [spread([one["judged"][p][arm]["harm"] for one in cells]) for p in PRECISIONS]
-        lost = [
-            "-" if arm == "U" else spread([100 * _loss(one, arm, p)[0] for one in cells], 1)
-            for p in PRECISIONS
-        ]
-        effects, left, time = ["-"] * 3, "-", "-"
+        harm = _each(at, lambda p, arm=arm: [one["judged"][p][arm]["harm"] for one in cells])
+        lost, effects, left, time = ["-"] * 3, ["-"] * 3, "-", "-"
         if arm != "U":
-            effects = [spread([one["effects"][arm][p] for one in cells]) for p in PRECISIONS]
+            lost = _each(at, lambda p, arm=arm: [100 * _loss(one, arm, p)[0] for one in cells], 1)
+            effects = _each(at, lambda p, arm=arm: [one["effects"][arm][p] for one in cells])
         if arm in "FQ":
             left = spread([_kept(one, arm) for one in cells])
         if arm == "Q":
             time = spread([one["seconds"]["Q"] / one["seconds"]["F"] for one in cells])
         yield [name, arm, *effects, left, *harm, *lost, time]
+
+
+def _each(
+    measured_at: Sequence[str], values: Callable[[str], Sequence[float]], digits: int = 2
+) -> list[str]:
+    """A column a precision."""
+    return [spread(values(p), digits) if p in measured_at else "-" for p in PRECISIONS]
 
 
 def _kept(one: Mapping[str, Any], arm: str) -> float:
@@ -329,7 +334,7 @@ def _loss(one: Mapping[str, Any], arm: str, precision: str) -> tuple[float, floa
 
 def _verdict(cells: Sequence[Mapping[str, Any]]) -> str:
     kept_ = [_kept(one, "Q") for one in cells]
-    worst = max(_loss(one, "Q", p)[1] for one in cells for p in PRECISIONS)
+    worst = max(_loss(one, "Q", p)[1] for one in cells for p in one["judged"])
     times = [one["seconds"]["Q"] / one["seconds"]["F"] for one in cells]
     met = {True: "met", False: "MISSED"}
     case = CASES[cells[0]["stage"]]

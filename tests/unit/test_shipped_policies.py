@@ -169,5 +169,8 @@ def test_the_demo_in_two_precisions_asks_for_the_same_and_for_tripwires_of_round
     more = both.attacks[len(one.attacks) :]
     assert {spec.options.get("format") for spec in more} == {"q4_k", "int4", "mixed", None}
     assert [spec.name for spec in more] == ["quantize", "quantize", "quantize", "chain"]
-    same = both.model_copy(update={"precisions": one.precisions, "attacks": one.attacks})
+    red_team = both.red_team.model_copy(update={"search_seeds": one.red_team.search_seeds})
+    changed = {"precisions": one.precisions, "attacks": one.attacks, "red_team": red_team}
+    same = both.model_copy(update=changed)
+    assert both.red_team.search_seeds == 2
     assert same.model_dump() == one.model_dump()
