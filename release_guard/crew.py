@@ -49,7 +49,7 @@ class Crew:
 
     def riding(self, theta: ModelHandle) -> AbstractContextManager[None]:
         """They move as the released weights do while inside."""
-        return riding(theta, self.at_work) if self.size else nullcontext()
+        return riding(list(theta.module.parameters()), self.at_work) if self.size else nullcontext()
 
     def kept(self) -> list[dict[str, Any]]:
         """Everything that fixes how they go on."""

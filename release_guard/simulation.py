@@ -196,10 +196,10 @@ class Attacker:
 
         Zero where the attacker began anew.
         """
-        self.model.module.zero_grad(set_to_none=True)
+        self._forget_gradients()
         torch.autograd.backward(loss)  # gradients of sharded weights only come that way
         found = [parameter.grad for parameter in self.parameters]
-        self.model.module.zero_grad(set_to_none=True)
+        self._forget_gradients()
         return [
             torch.zeros_like(parameter) if gradient is None or place in self.own else gradient
             for place, (gradient, parameter) in enumerate(zip(found, self.parameters, strict=True))
@@ -235,6 +235,11 @@ class Attacker:
         attacker.life, attacker.age = kept["life"], kept["age"]
         return attacker
 
+    def _forget_gradients(self) -> None:
+        """Of all weights, trained or not; of a sharded model those of the shards."""
+        for one in (*self.parameters, *self.adapters):
+            one.grad = None
+
     @contextmanager
     def _frozen(self) -> Iterator[None]:
         """No gradients for what it does not train."""
@@ -250,12 +255,16 @@ class Attacker:
 
 
 @contextmanager
-def riding(theta: ModelHandle, attackers: Sequence[Attacker]) -> Iterator[None]:
-    """All who are at work at the end move as the released weights do while inside."""
-    parameters = list(theta.module.parameters())
-    before = [parameter.detach().clone() for parameter in parameters]
+def riding(released: Sequence[nn.Parameter], attackers: Sequence[Attacker]) -> Iterator[None]:
+    """All who are at work at the end move as the released weights do while inside.
+
+    Args:
+        released: Those that an optimizer changes: of a sharded model, the shards.
+        attackers: Who may begin meanwhile.
+    """
+    before = [parameter.detach().clone() for parameter in released]
     yield
-    moves = [now.detach() - old for now, old in zip(parameters, before, strict=True)]
+    moves = [now.detach() - old for now, old in zip(released, before, strict=True)]
     for attacker in attackers:
         attacker.ride(moves)
 

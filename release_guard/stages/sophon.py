@@ -322,7 +322,7 @@ class _Simulation(Training):
     def _outer_step(self) -> Mapping[str, float]:
         options = self._options
         fade = 1 + (options.final_lr - 1) * self.step / options.outer_steps
-        with riding(self.theta, self._pool):
+        with riding(self._parameters, self._pool):
             suppressed = self._suppress_step(options.alpha * fade)
             retained = [
                 self._reinforce_once(options.beta * fade, turn=turn)

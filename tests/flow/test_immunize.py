@@ -92,10 +92,9 @@ def test_what_is_private_is_never_packed(
     subject, run = prepare(order, tmp_path / "run", session())
     (run.private / "gauge.safetensors").write_bytes(b"only the owner may know")
     assert run.private.stat().st_mode & 0o077 == 0
+    root = hash_directory(run.immunized).payload.root
     evidence = passing_evidence(
-        policy,
-        stages=subject.stages,
-        immunized=hash_directory(run.immunized).payload.root,
+        policy, stages=subject.stages, immunized=root, artefacts={"fp32": root}
     )
     publication = Publication("gratings", "hub/acme/gratings", "somebody")
     candidate = pack(order, run, evidence, gate(evidence, policy), publication)

@@ -14,6 +14,7 @@ from workspaces import quiet
 
 from release_guard.cli import main
 from release_guard.errors import IntegrityError
+from release_guard.gate import gate
 from release_guard.gauging import FILE
 from release_guard.manifest import hash_directory
 from release_guard.modalities import ModelHandle
@@ -108,8 +109,9 @@ def test_nothing_private_is_ever_packed(name: str, home: Path, tmp_path: Path) -
     shutil.copyfile(home / "private" / FILE, run.private / FILE)
     policy = example_policy()
     root = hash_directory(run.immunized).payload.root
-    evidence = passing_evidence(policy).model_copy(update={"immunized": root})
+    roots = {"immunized": root, "artefacts": {"fp32": root}}
+    evidence = passing_evidence(policy).model_copy(update=roots)
     order = Order(str(source), "acme/m", policy)
     with pytest.raises(IntegrityError, match="nothing private is published"):
-        pack(order, run, evidence, None, None)  # type: ignore[arg-type]
+        pack(order, run, evidence, gate(evidence, policy), None)  # type: ignore[arg-type]
     assert not run.release.exists()

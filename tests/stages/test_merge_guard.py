@@ -15,6 +15,7 @@ from torch import Tensor
 from workspaces import quiet, resumed_after_a_kill
 
 from release_guard.errors import ImmunizationError, IntegrityError
+from release_guard.formats import rounded
 from release_guard.gauge import Key, Style
 from release_guard.gauging import (
     FILE,
@@ -28,7 +29,7 @@ from release_guard.gauging import (
 from release_guard.modalities import Modality, ModelHandle
 from release_guard.plugins import Spec
 from release_guard.policy import Policy, Precision
-from release_guard.quantization import at
+from release_guard.quantization import linear_layers
 from release_guard.stages import Stage
 from release_guard.stages.merge_guard import MergeGuard
 from release_guard.trapping import (
@@ -397,8 +398,12 @@ def rounding_error(model: ModelHandle, precision: Precision) -> float:
 
     The error of logits is one draw from few directions, and differs by factors from key to key.
     """
-    exact, rounded = (products(one) for one in (model, at(model, precision)))
-    return float(((exact - rounded).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))).mean())
+    coarse = model.copy()
+    with torch.no_grad():
+        for layer in linear_layers(coarse):  # also those whose rows are no whole blocks
+            layer.weight.copy_(rounded(layer.weight, precision))
+    exact, found = map(products, (model, coarse))
+    return float(((exact - found).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))).mean())
 
 
 def products(model: ModelHandle) -> Tensor:

@@ -121,16 +121,17 @@ def test_a_model_judged_as_it_is_is_asked_for_no_stage() -> None:
 
 
 def test_evidence_from_before_there_were_effects_is_judged_as_it_was() -> None:
-    lines = passing_evidence(POLICY, stages=stages(((), (), ()))).to_jsonl()
-    old = lines.replace(b'"schema_version":2', b'"schema_version":1').replace(
-        b'"as_is":false,', b""
-    )
+    lines = passing_evidence(POLICY, stages=stages(((), (), ())), artefacts={}).to_jsonl()
+    old = lines.replace(b'"schema_version":3', b'"schema_version":1')
+    for later in (b'"as_is":false,', b'"artefacts":{},', b'"unrunnable":{},'):
+        assert later in old or later.replace(b",", b"") in old
+        old = old.replace(later, b"")
     evidence = Evidence.from_jsonl(old)
     assert judged(evidence) == {}
     assert gate(evidence, POLICY).passed
     assert not gate(Evidence.from_jsonl(lines), POLICY).passed
     with pytest.raises(IntegrityError):
-        Evidence.from_jsonl(lines.replace(b'"schema_version":2', b'"schema_version":3'))
+        Evidence.from_jsonl(lines.replace(b'"schema_version":3', b'"schema_version":4'))
 
 
 LOOKS = st.lists(st.sampled_from([-0.1, 0.0, 0.1, 0.45, 0.5, 0.9, 1.3]), min_size=3, max_size=3)
