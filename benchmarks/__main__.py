@@ -35,6 +35,7 @@ NAMES = (
     "merge_guard",
     "concept_suppression",
     "quantizers",
+    "quantization",
 )
 _QUIET = 0.1  # share of the cores; above it the machine counts as shared
 

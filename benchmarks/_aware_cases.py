@@ -162,7 +162,7 @@ class MimaCase(Case):
     precisions = ("fp32", "nf4")
     # At the rate of the narrower painters' benchmark no look was within the margin on seed 0.
     options: ClassVar = {**mima.DEFENCES["hardened"], "upper_lr": 2.5e-4}
-    measured = "similarity to the erased shapes after 32 steps of LoRA or DreamBooth"
+    measured = "similarity to the erased shapes after 32 steps of LoRA or DreamBooth, 24 pictures"
     attacks = (
         mima.ATTACKS["LoRA"][1],
         mima.ATTACKS["DreamBooth"][1],
@@ -191,7 +191,7 @@ class MimaCase(Case):
 class MergeCase(Case):
     stage = "merge_guard"
     options = merging.options("vision", "hardened")
-    measured = "what the best useful merge keeps of the protected task, points above the base"
+    measured = "the score of the best useful merge on the protected task"
 
     def policy(self, seed: int) -> Policy:
         return merging.policy(_mergeable.vision(seed), seed)

@@ -6,6 +6,7 @@ model is bad at every concept and as good as ever at all else (upper level). In 
 attackers are not merged but carried on from step to step. Shapes: N prompts, L tokens, F features.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,7 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 _KEYED = ("attn2.to_k.weight", "attn2.to_v.weight")
+_LOOKS = 4  # batches on which nearness to an anchor is taken
 _RATES: Mapping[OperatorName, float] = {"full": 1, "cross_kv": 3, "lora": 3, "words": 30}
 
 
@@ -188,14 +190,37 @@ class Mima(TrainedStage):
         return ("mima merged by the mean: no layer here reads a prompt alone.",)
 
     def effect(self, base: ModelHandle, immunized: ModelHandle, policy: Policy) -> float:
-        """By how much more restricted loss is left after a short adaptation, mean of concepts."""
+        """By how much more of its objective is left after a short adaptation, mean of concepts.
+
+        Restricted loss; with an anchor, nearness to what the base says under retained captions.
+        """
         relearning = self._relearning(base, policy)
 
         def left(model: ModelHandle, dataset: str) -> float:
-            return relearning.loss(relearning.adapted(model, dataset), dataset, "immunize")
+            adapted = relearning.adapted(model, dataset)
+            if self.objective == "anchor":
+                return -self._from_anchor(adapted, base, dataset, policy)
+            return relearning.loss(adapted, dataset, "immunize")
 
         datasets = [concept.dataset for concept in policy.concepts]
         return sum(left(immunized, one) - left(base, one) for one in datasets) / len(datasets)
+
+    def _from_anchor(
+        self, adapted: ModelHandle, base: ModelHandle, dataset: str, policy: Policy
+    ) -> float:
+        """How far an adapted painter's words on a concept's pictures are from the anchor."""
+        objective, size = Objective(adapted, base), self.measured_batch
+        pairs = zip(
+            base.batches(dataset, "immunize", size=size, seed=policy.seed),
+            base.batches(policy.retain.dataset, "retain", size=size, seed=policy.seed),
+            strict=False,
+        )
+        with torch.no_grad():
+            found = [
+                objective.distance(batch, captions_of=others).item()
+                for batch, others in itertools.islice(pairs, _LOOKS)
+            ]
+        return sum(found) / len(found)
 
     def measure(
         self, base: ModelHandle, immunized: ModelHandle, policy: Policy

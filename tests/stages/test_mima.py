@@ -253,3 +253,14 @@ def test_an_operator_begins_at_the_released_weights_and_learns(
     other.load_state({**other.state(), **state})
     assert other.loss(batch).item() < before
     assert model.loss(batch).item() == before
+
+
+def test_where_an_anchor_is_asked_for_its_effect_is_nearness_to_it(
+    policy: Policy, model: Painter, tmp_path: Path
+) -> None:
+    """Restricted loss need not rise: what is asked for is another picture, not a bad one."""
+    options = {"variant": "hardened", "outer_steps": 12, "upper_lr": 3e-3, "probe_every": 12}
+    built = stage(**options, measured_steps=5, measured_lr=3e-3)
+    immunized = built.immunize(model, policy, quiet(tmp_path / "w"))
+    assert built.effect(model, model, policy) == 0
+    assert built.effect(model, immunized, policy) > 0
