@@ -7,13 +7,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Literal, TypeVar
-
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from release_guard.dsse import Statement, Subject, as_digest
 from release_guard.errors import IntegrityError
-from release_guard.evidence import Evidence
 from release_guard.layout import Artefact, artefacts, require_as_attacked
 from release_guard.manifest import (
     EVIDENCE_FOLDER,
@@ -23,15 +20,16 @@ from release_guard.manifest import (
     root_digest,
     write_file,
 )
-from release_guard.policy import Policy
-from release_guard.predicates import resistance, svr, svr_property, test_result
 from release_guard.release import Attested, Candidate, Result
 
 if TYPE_CHECKING:
+    from release_guard.evidence import Evidence
+    from release_guard.policy import Policy
     from release_guard.signers import Signer
 
 POLICY_FILE = f"{EVIDENCE_FOLDER}/policy.toml"
 EVIDENCE_FILE = f"{EVIDENCE_FOLDER}/evidence.jsonl"
+KEY_FILE = f"{EVIDENCE_FOLDER}/key.pub"  # of who signed, for whoever knows its fingerprint
 MODEL = "model"  # subject that stands for the payload as a whole
 PREDICATE_TYPES: Mapping[str, str] = {
     "resistance": "https://release-guard.dev/attestations/resistance/v0.1",
@@ -39,55 +37,6 @@ PREDICATE_TYPES: Mapping[str, str] = {
     "svr": "https://in-toto.io/attestation/svr/v0.2",
 }
 """By file name; the first is this project's own."""
-
-_Lenient = ConfigDict(frozen=True, extra="ignore")  # in-toto: ignore what you do not know
-
-
-class _Named(BaseModel):
-    model_config = _Lenient
-    name: str = ""
-    version: str = ""
-    digest: Mapping[str, str] = {}
-
-
-class _Artefact(BaseModel):
-    model_config = _Lenient
-    precision: str
-    folder: str
-    digest: Mapping[str, str]
-
-
-class _Judged(BaseModel):
-    model_config = _Lenient
-    name: str
-    result: Literal["PASS", "FAIL", "INCONCLUSIVE"]
-
-
-class _Resistance(BaseModel):
-    model_config = _Lenient
-    suite: _Named
-    policy: _Named
-    report: _Named
-    artefacts: tuple[_Artefact, ...] = ()
-    verdict: Literal["PASS", "FAIL", "INCONCLUSIVE"]
-    claim: str
-    checks: tuple[_Judged, ...]
-    finished: AwareDatetime = Field(alias="finishedAt")
-    valid_until: AwareDatetime = Field(alias="validUntil")
-
-
-class _TestResult(BaseModel):
-    model_config = _Lenient
-    result: str
-    configuration: tuple[_Named, ...]
-
-
-class _Svr(BaseModel):
-    model_config = _Lenient
-    properties: tuple[str, ...]
-
-
-_Predicate = TypeVar("_Predicate", _Resistance, _TestResult, _Svr)
 
 
 @dataclass(frozen=True)
@@ -118,11 +67,13 @@ class Claims:
     checks: Mapping[str, Result]
     artefacts: tuple[Artefact, ...] = ()
 
-    def lacking(self, policy: Policy) -> tuple[str, ...]:
+    def lacking(self, policy: "Policy") -> tuple[str, ...]:
         """Properties that must have been earned, and have not.
 
         Of the mandatory attacks where there is a concept, and of all that merge targets list.
         """
+        from release_guard.predicates import svr_property  # noqa: PLC0415  the gate's side
+
         budget = policy.red_team.budget
         families = set(policy.gate.mandatory if policy.concepts else ())
         for target in policy.merge_targets:
@@ -131,7 +82,9 @@ class Claims:
         return tuple(sorted(wanted - self.properties))
 
 
-def attest(candidate: Candidate, policy: Policy, evidence: Evidence, signer: "Signer") -> Attested:
+def attest(
+    candidate: Candidate, policy: "Policy", evidence: "Evidence", signer: "Signer"
+) -> Attested:
     """Sign what the gate found and put it beside the payload.
 
     Args:
@@ -152,15 +105,22 @@ def attest(candidate: Candidate, policy: Policy, evidence: Evidence, signer: "Si
             )
     for kind, statement in statements(candidate, policy, evidence).items():
         write_file(candidate.directory / bundle_name(kind), signer.sign(statement))
+    carried = candidate.directory / KEY_FILE
+    carried.unlink(missing_ok=True)  # of another signer, if this one has no key
+    if (pem := signer.public_key) is not None:
+        write_file(carried, pem)
     return attested
 
 
-def statements(candidate: Candidate, policy: Policy, evidence: Evidence) -> Mapping[str, bytes]:
+def statements(candidate: Candidate, policy: "Policy", evidence: "Evidence") -> Mapping[str, bytes]:
     """The exact bytes of the three statements, by kind.
 
     Raises:
         IntegrityError: The evidence is of another policy or of other weights.
     """
+    from release_guard.policy import Policy  # noqa: PLC0415  reading needs none of this
+    from release_guard.predicates import resistance, svr, test_result  # noqa: PLC0415
+
     if evidence.policy != policy.digest:
         raise IntegrityError("the evidence is of another policy or other weights; publish again")
     digests = {entry.name: entry.digest for entry in candidate.payload.entries}
@@ -212,25 +172,26 @@ def read_claims(sources: Mapping[str, bytes], expected: Sequence[Subject]) -> Cl
     Raises:
         IntegrityError: Another type, other subjects, a missing field, or claims that differ.
     """
-    first = _read(_Resistance, "resistance", sources, expected)
-    second = _read(_TestResult, "test-result", sources, expected)
-    third = _read(_Svr, "svr", sources, expected)
-    policies = {_sha256(first.policy), *map(_sha256, second.configuration)}
+    first, second, third = (
+        _predicate(kind, sources, expected) for kind in ("resistance", "test-result", "svr")
+    )
+    policies = {first["policy"].sha256, *(each.sha256 for each in second["configuration"].items)}
     if len(policies) != 1:
         raise IntegrityError("resistance and test-result name different policies")
-    if (first.verdict == "PASS") != (second.result == "PASSED"):
-        raise IntegrityError(f"resistance says {first.verdict}, test-result {second.result!a}")
+    verdict, passed = first["verdict"].result, second["result"].text
+    if (verdict is Result.PASS) != (passed == "PASSED"):
+        raise IntegrityError(f"resistance says {verdict.name}, test-result {passed!a}")
     return Claims(
-        result=Result[first.verdict],
-        claim=first.claim,
+        result=verdict,
+        claim=first["claim"].text,
         policy=policies.pop(),
-        report=_sha256(first.report),
-        suite=first.suite.version,
-        finished=first.finished,
-        valid_until=first.valid_until,
-        properties=frozenset(third.properties),
-        checks={check.name: Result[check.result] for check in first.checks},
-        artefacts=tuple(map(_artefact, first.artefacts)),
+        report=first["report"].sha256,
+        suite=first["suite"]["version"].text,
+        finished=first["finishedAt"].moment,
+        valid_until=first["validUntil"].moment,
+        properties=frozenset(each.text for each in third["properties"].items),
+        checks={each["name"].text: each["result"].result for each in first["checks"].items},
+        artefacts=tuple(map(_artefact, first["artefacts"].items)) if "artefacts" in first else (),
     )
 
 
@@ -238,26 +199,64 @@ def _descriptor(name: str, content: bytes) -> Mapping[str, object]:
     return {"name": name, "digest": {"sha256": hashlib.sha256(content).hexdigest()}}
 
 
-def _read(
-    model: type[_Predicate], kind: str, sources: Mapping[str, bytes], expected: Sequence[Subject]
-) -> _Predicate:
+@dataclass(frozen=True)
+class _Field:
+    """A value of a predicate, and where it stands. Fields nobody asks for are ignored: in-toto."""
+
+    kind: str
+    value: Any
+    where: str = ""
+
+    def __getitem__(self, name: str) -> "_Field":
+        where = f"{self.where}.{name}" if self.where else name
+        if not isinstance(self.value, dict) or name not in self.value:
+            _Field(self.kind, None, where).refuse()
+        return _Field(self.kind, self.value[name], where)
+
+    def __contains__(self, name: str) -> bool:
+        return isinstance(self.value, dict) and name in self.value
+
+    @property
+    def items(self) -> tuple["_Field", ...]:
+        if not isinstance(self.value, list):
+            self.refuse()
+        pairs = enumerate(self.value)
+        return tuple(_Field(self.kind, each, f"{self.where}.{place}") for place, each in pairs)
+
+    @property
+    def text(self) -> str:
+        return self.value if isinstance(self.value, str) else self.refuse()
+
+    @property
+    def result(self) -> Result:
+        return Result[self.text] if self.text in Result.__members__ else self.refuse()
+
+    @property
+    def moment(self) -> datetime:
+        try:
+            found = datetime.fromisoformat(self.text)
+        except ValueError:
+            self.refuse()
+        return found if found.utcoffset() is not None else self.refuse()
+
+    @property
+    def sha256(self) -> str:
+        """Digest of what a resource descriptor names."""
+        return as_digest(self["digest"]["sha256"].value, f"{self.kind}: {self.where}: digest")
+
+    def refuse(self) -> NoReturn:
+        raise IntegrityError(f"{self.kind}: {self.where!a} is missing or not as it must be")
+
+
+def _predicate(kind: str, sources: Mapping[str, bytes], expected: Sequence[Subject]) -> _Field:
     statement = Statement.from_bytes(sources[kind])
     if statement.predicate_type != PREDICATE_TYPES[kind]:
         raise IntegrityError(f"{kind}: of another type, {statement.predicate_type!a}")
     if tuple(statement.subjects) != tuple(expected):
         raise IntegrityError(f"{kind}: about other weights or another configuration")
-    try:
-        return model.model_validate(statement.predicate)
-    except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise IntegrityError(f"{kind}: {where!a} is missing or not as it must be") from None
+    return _Field(kind, statement.predicate)
 
 
-def _artefact(found: _Artefact) -> Artefact:
-    folder = f"{found.folder}/" if found.folder else ""
-    root = as_digest(found.digest.get("sha256"), "digest of an artefact")
-    return Artefact(found.precision, folder, root)
-
-
-def _sha256(named: _Named) -> str:
-    return as_digest(named.digest.get("sha256"), "digest of the policy or the evidence")
+def _artefact(found: _Field) -> Artefact:
+    folder = found["folder"].text
+    return Artefact(found["precision"].text, f"{folder}/" if folder else "", found.sha256)

@@ -1,6 +1,27 @@
 """Errors meant for the user: the class carries the exit code, the text what, where, what next."""
 
+import json
 import textwrap
+import unicodedata
+
+_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # they move, hide or turn what is shown
+_MOST = 2_000  # characters; what somebody else wrote may have any length
+
+
+def printable(text: str) -> str:
+    """The text on one line as any terminal can show it: odd characters as JSON escapes.
+
+    Files, names and answers of servers may hold line feeds that look like another message, escape
+    sequences that erase one, and half characters that cannot be written at all.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        json.dumps(character)[1:-1]
+        if unicodedata.category(character) in _UNPRINTABLE
+        else character
+        for character in text
+    )
 
 
 class ReleaseGuardError(Exception):
@@ -8,11 +29,23 @@ class ReleaseGuardError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str) -> None:
+        super().__init__(self._shown(message))
+
+    @staticmethod
+    def _shown(message: str) -> str:
+        line = printable(message)
+        return line if len(line) <= _MOST else f"{line[:_MOST]} ..."
+
 
 class PolicyError(ReleaseGuardError):
     """The policy file or the command line is wrong; one line for each problem."""
 
     exit_code = 2
+
+    @staticmethod
+    def _shown(message: str) -> str:
+        return "\n".join(map(ReleaseGuardError._shown, message.split("\n")))
 
 
 class ModelError(ReleaseGuardError):
@@ -43,6 +76,10 @@ class AuthenticationError(HubError):
     """The hub does not know who is asking."""
 
     exit_code = 6
+
+
+class ConfinedError(Exception):
+    """Something nobody expected, in another process; its traceback is noted on it."""
 
 
 def brief(error: BaseException) -> str:

@@ -6,7 +6,6 @@ import os
 import stat
 import unicodedata
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from io import FileIO
@@ -24,7 +23,7 @@ IGNORED = (".git", ".gitattributes", ".github", ".gitignore")  # top level, neve
 _DOCUMENTS = ("*.md", "LICENSE*", "NOTICE*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg")
 _WEIGHTS = ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "onnx", "h5", "msgpack", "npz")
 _DOWNLOAD_CACHE = ".cache/huggingface"  # what `hf download --local-dir` leaves beside the files
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18  # bytes read at once: they are hashed while the processor's cache holds them
 
 
 @dataclass(frozen=True, order=True)
@@ -68,6 +67,11 @@ class Manifest:
     def payload(self) -> "Manifest":
         """Only what a model does: weights and configuration. Attestations bind to its root."""
         return Manifest(tuple(entry for entry in self.entries if entry.kind in PAYLOAD))
+
+    @property
+    def unsigned(self) -> "Manifest":
+        """All but signatures: what two signings of the same files have in common."""
+        return Manifest(tuple(entry for entry in self.entries if not _is_signature(entry.name)))
 
     def get(self, name: str) -> FileEntry | None:
         """The entry of that name, if there is one."""
@@ -117,11 +121,16 @@ def classify(name: str) -> FileClass:
     if name == SIGNATURE or name.startswith(f"{EVIDENCE_FOLDER}/"):
         return "evidence"
     base = PurePosixPath(name).name
-    if any(fnmatchcase(base, pattern) for pattern in _DOCUMENTS):
-        return "documentation"
     if base.rpartition(".")[2].lower() in _WEIGHTS:
         return "weights"
+    if any(fnmatchcase(base, pattern) for pattern in _DOCUMENTS):
+        return "documentation"
     return "configuration"
+
+
+def _is_signature(name: str) -> bool:
+    folder, _, base = name.rpartition("/")
+    return name == SIGNATURE or (folder == EVIDENCE_FOLDER and base.endswith(".sigstore.json"))
 
 
 def require_canonical(name: str) -> None:
@@ -153,6 +162,8 @@ def hash_directory(directory: Path) -> Manifest:
         IntegrityError: No folder, a link that leads away, a name that no release may have, or
             anything that cannot be read.
     """
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  a git commit needs none
+
     if not directory.is_dir():
         raise IntegrityError(f"{directory}: no such folder")
     files = sorted(

@@ -1,28 +1,23 @@
 """Sign with a key of one's own: ECDSA on P-256, the key in a PEM file or in the environment."""
 
-import hashlib
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field
 
 from release_guard.dsse import Envelope, pae
-from release_guard.errors import IntegrityError, ReleaseGuardError
+from release_guard.errors import ReleaseGuardError
+from release_guard.keys import fingerprint, load_public_key, public_pem, read_key, verified
 from release_guard.signers import Signer
 
 KEY_VARIABLE = "RELEASE_GUARD_SIGNING_KEY"
 PASSWORD_VARIABLE = "RELEASE_GUARD_KEY_PASSWORD"  # noqa: S105  a name, not a password
 
-_HASHES: dict[str, hashes.HashAlgorithm] = {  # by curve, as OMS v1.0 pairs them
-    "secp256r1": hashes.SHA256(),
-    "secp384r1": hashes.SHA384(),
-    "secp521r1": hashes.SHA512(),
-}
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -44,7 +39,23 @@ class Key(Signer):
         """Fingerprint: SHA-256 of the public key's PEM, in hex."""
         return fingerprint(self._public_key())
 
+    @property
+    def public_key(self) -> bytes:
+        return public_pem(self._public_key())
+
+    def check(self) -> None:
+        self._pair()
+
     def sign(self, statement: bytes) -> bytes:
+        private, hint = self._pair()
+        material = {"publicKey": {"hint": hint}, "tlogEntries": []}
+        return Envelope(statement, _signature(private, pae(statement)), material).to_bytes()
+
+    def verify(self, bundle: bytes) -> bytes:
+        return verified(bundle, self._public_key())
+
+    def _pair(self) -> tuple[ec.EllipticCurvePrivateKey, str]:
+        """The key that signs and its fingerprint, once both halves are known to be of one pair."""
         private = self._private_key()
         hint = fingerprint(private.public_key())
         if self.public is not None and hint != fingerprint(load_public_key(self.public)):
@@ -52,25 +63,7 @@ class Key(Signer):
                 f"{self.public}: not the public half of the signing key; give the two that belong "
                 "together"
             )
-        material = {"publicKey": {"hint": hint}, "tlogEntries": []}
-        return Envelope(statement, _signature(private, pae(statement)), material).to_bytes()
-
-    def verify(self, bundle: bytes) -> bytes:
-        public = self._public_key()
-        envelope = Envelope.from_bytes(bundle)
-        hint = _hint(envelope)
-        if hint is not None and hint != fingerprint(public):
-            raise IntegrityError(
-                f"signed by the key {hint[:16]!a}..., not by {fingerprint(public)[:16]}..."
-            )
-        try:
-            algorithm = ec.ECDSA(_HASHES[public.curve.name])
-            public.verify(envelope.signature, pae(envelope.payload), algorithm)
-        except InvalidSignature:
-            raise IntegrityError(
-                f"the signature does not fit the key {fingerprint(public)[:16]}..."
-            ) from None
-        return envelope.payload
+        return private, hint
 
     def _public_key(self) -> ec.EllipticCurvePublicKey:
         if self.public is not None:
@@ -86,7 +79,11 @@ class Key(Signer):
                 f"no signing key; set {KEY_VARIABLE} to one (`release-guard keygen` makes it)"
             )
         if "-----BEGIN" in given:
-            return _load_private_key(given.encode(), KEY_VARIABLE)
+            return _load_private_key(os.fsencode(given), KEY_VARIABLE)
+        if not os.path.isfile(given):  # noqa: PTH113  Path.is_file raises for what is no path at all
+            raise ReleaseGuardError(  # without repeating it: it may be a key in some other form
+                f"{KEY_VARIABLE}: neither a private key in PEM form nor the path of a file"
+            )
         return _load_private_key(_read_private(Path(given)), given)
 
 
@@ -104,7 +101,7 @@ def generate_key(directory: Path, password: str | None = None) -> tuple[Path, Pa
     private = ec.generate_private_key(ec.SECP256R1())
     encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
     if password:
-        encryption = serialization.BestAvailableEncryption(password.encode())
+        encryption = serialization.BestAvailableEncryption(os.fsencode(password))
     pem = private.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
     )
@@ -113,36 +110,13 @@ def generate_key(directory: Path, password: str | None = None) -> tuple[Path, Pa
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _create(private_path, pem, mode=0o600)
-        _create(public_path, _public_pem(private.public_key()), mode=0o644)
+        _create(public_path, public_pem(private.public_key()), mode=0o644)
     except OSError as error:
         raise ReleaseGuardError(
             f"{error.filename or directory}: cannot be written ({error.strerror}); choose another "
             "--output"
         ) from None
     return private_path, public_path
-
-
-def fingerprint(public: ec.EllipticCurvePublicKey) -> str:
-    """SHA-256 of the SubjectPublicKeyInfo PEM in hex: the `hint` of an OMS bundle."""
-    return hashlib.sha256(_public_pem(public)).hexdigest()
-
-
-def load_public_key(path: Path) -> ec.EllipticCurvePublicKey:
-    """Read a public key.
-
-    Raises:
-        ReleaseGuardError: No file, not PEM, a private key, or not P-256, P-384 or P-521.
-    """
-    pem = _read(path)
-    if b"PRIVATE KEY-----" in pem:
-        raise ReleaseGuardError(f"{path}: a private key; give the public one (key.pub)")
-    try:
-        public: Any = serialization.load_pem_public_key(pem)
-    except (ValueError, UnsupportedAlgorithm):
-        raise ReleaseGuardError(f"{path}: not a public key in PEM form") from None
-    if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name not in _HASHES:
-        raise ReleaseGuardError(f"{path}: not an EC key on P-256, P-384 or P-521")
-    return public
 
 
 def _load_private_key(pem: bytes, where: str) -> ec.EllipticCurvePrivateKey:
@@ -153,7 +127,7 @@ def _load_private_key(pem: bytes, where: str) -> ec.EllipticCurvePrivateKey:
         raise ReleaseGuardError(f"{where}: not a private key in PEM form")
     try:
         private: Any = serialization.load_pem_private_key(
-            pem, password.encode() if password else None
+            pem, os.fsencode(password) if password else None
         )
     except TypeError:  # a password where none is needed, or none where one is
         advice = f"is not encrypted; unset {PASSWORD_VARIABLE}"
@@ -172,17 +146,10 @@ def _load_private_key(pem: bytes, where: str) -> ec.EllipticCurvePrivateKey:
 
 
 def _read_private(path: Path) -> bytes:
-    pem = _read(path)
+    pem = read_key(path)
     if b"PUBLIC KEY-----" not in pem and path.stat().st_mode & _OTHERS:
         raise ReleaseGuardError(f"{path}: others can read this key; run: chmod 600 {path}")
     return pem
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ReleaseGuardError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _signature(private: ec.EllipticCurvePrivateKey, message: bytes) -> bytes:
@@ -190,25 +157,6 @@ def _signature(private: ec.EllipticCurvePrivateKey, message: bytes) -> bytes:
         return private.sign(message, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
     except UnsupportedAlgorithm:  # built on an OpenSSL older than 3.2
         return private.sign(message, ec.ECDSA(hashes.SHA256()))
-
-
-def _hint(envelope: Envelope) -> str | None:
-    """The fingerprint a bundle names; None where an older tool wrote the key itself instead."""
-    if envelope.material.get("tlogEntries") not in (None, []):
-        raise IntegrityError("bundle: signed through a log; a key cannot verify it")
-    key = envelope.material.get("publicKey")
-    if not isinstance(key, dict) or not ({"hint", "rawBytes"} & set(key)):
-        raise IntegrityError("bundle: not signed by a key (no `publicKey`)")
-    hint = key.get("hint")
-    if hint is not None and not isinstance(hint, str):
-        raise IntegrityError("bundle: `hint` is not a text")
-    return hint or None
-
-
-def _public_pem(public: ec.EllipticCurvePublicKey) -> bytes:
-    return public.public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
 
 
 def _create(path: Path, content: bytes, *, mode: int) -> None:

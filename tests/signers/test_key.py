@@ -13,16 +13,10 @@ from hypothesis import strategies as st
 
 from release_guard.dsse import Envelope, pae
 from release_guard.errors import IntegrityError, ReleaseGuardError
+from release_guard.keys import fingerprint, load_public_key
 from release_guard.plugins import Spec
 from release_guard.signers import Signer
-from release_guard.signers.key import (
-    KEY_VARIABLE,
-    PASSWORD_VARIABLE,
-    Key,
-    fingerprint,
-    generate_key,
-    load_public_key,
-)
+from release_guard.signers.key import KEY_VARIABLE, PASSWORD_VARIABLE, Key, generate_key
 
 STATEMENT = b'{"a":1}'
 PEM, PKCS8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
@@ -122,6 +116,60 @@ def test_a_password_from_the_environment(
     assert Key(public=public).verify(Key(path=private).sign(STATEMENT)) == STATEMENT
 
 
+PRIVATE_FORMS = {
+    "PKCS8": (PKCS8, None),
+    "PKCS8 encrypted": (PKCS8, "pässword"),
+    "SEC1": (serialization.PrivateFormat.TraditionalOpenSSL, None),
+    "SEC1 encrypted": (serialization.PrivateFormat.TraditionalOpenSSL, "pässword"),
+}
+
+
+@pytest.mark.parametrize("form", PRIVATE_FORMS)
+@pytest.mark.parametrize("place", ["file", "environment", "file named in the environment"])
+def test_a_key_of_any_form_from_any_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, place: str
+) -> None:
+    """PKCS8 is what `keygen` and openssl write, SEC1 what older openssl does."""
+    layout, password = PRIVATE_FORMS[form]
+    private = ec.generate_private_key(ec.SECP256R1())
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if password is not None:
+        encryption = serialization.BestAvailableEncryption(password.encode())
+        monkeypatch.setenv(PASSWORD_VARIABLE, password)
+    pem = private.private_bytes(PEM, layout, encryption)
+    assert (b"ENCRYPTED" in pem) == (password is not None)
+    path = tmp_path / "key.pem"
+    path.write_bytes(pem)
+    path.chmod(0o600)
+    if place != "file":
+        monkeypatch.setenv(KEY_VARIABLE, pem.decode() if place == "environment" else str(path))
+    signer = Key(path=path) if place == "file" else Key()
+    signer.check()
+    public = write_public(tmp_path / "key.pub", private)
+    assert Key(public=public).verify(signer.sign(STATEMENT)) == STATEMENT
+    assert signer.identity == Key(public=public).identity
+
+
+def test_no_password_is_in_any_message(
+    other: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PASSWORD_VARIABLE, "canary")
+    monkeypatch.setenv(KEY_VARIABLE, other[0].read_text())
+    for use in (Key().check, lambda: Key().sign(STATEMENT), lambda: Key().identity):
+        with pytest.raises(ReleaseGuardError, match="is wrong") as caught:
+            use()
+        assert "canary" not in str(caught.value)
+        assert other[0].read_text().splitlines()[1] not in str(caught.value)
+
+
+def test_an_empty_password_is_none(
+    made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CI systems set a variable to nothing where a secret is missing."""
+    monkeypatch.setenv(PASSWORD_VARIABLE, "")
+    Key(path=made[0]).check()
+
+
 def test_a_password_for_a_key_that_has_none(
     made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,8 +189,9 @@ def test_a_key_from_the_environment(
 
 
 def test_no_key_at_all() -> None:
-    with pytest.raises(ReleaseGuardError, match="set RELEASE_GUARD_SIGNING_KEY"):
-        Key().sign(STATEMENT)
+    for use in (Key().check, lambda: Key().sign(STATEMENT)):
+        with pytest.raises(ReleaseGuardError, match="set RELEASE_GUARD_SIGNING_KEY"):
+            use()
 
 
 def test_a_damaged_key_in_the_environment_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +254,10 @@ def test_the_wrong_half(made: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_halves_of_different_pairs(made: tuple[Path, Path], other: tuple[Path, Path]) -> None:
-    with pytest.raises(ReleaseGuardError, match="not the public half"):
-        Key(path=made[0], public=other[1]).sign(STATEMENT)
+    mixed = Key(path=made[0], public=other[1])
+    for use in (mixed.check, lambda: mixed.sign(STATEMENT)):
+        with pytest.raises(ReleaseGuardError, match="not the public half"):
+            use()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
