@@ -5,12 +5,15 @@ The first lies at the top, every other one in a folder of its name; a release ho
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from release_guard.errors import IntegrityError
-from release_guard.evidence import Evidence
 from release_guard.manifest import PAYLOAD, classify, root_digest
-from release_guard.policy import Policy
-from release_guard.release import Verdict
+
+if TYPE_CHECKING:
+    from release_guard.evidence import Evidence
+    from release_guard.policy import Policy
+    from release_guard.release import Verdict
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Artefact:
         return self.folder or "the top of the release"
 
 
-def artefacts(evidence: Evidence, verdict: Verdict, policy: Policy) -> tuple[Artefact, ...]:
+def artefacts(evidence: "Evidence", verdict: "Verdict", policy: "Policy") -> tuple[Artefact, ...]:
     """What a release consists of: what may be published; if nothing may, all that was attacked.
 
     Evidence of before precisions had files of their own tells of one set of weights, at the top.

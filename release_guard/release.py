@@ -1,9 +1,10 @@
 """What the gate says and what may be pushed: Verdict, Candidate -> Attested -> Release, Receipt."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from pathlib import Path
+from uuid import uuid4
 
 from release_guard.errors import IntegrityError
 from release_guard.manifest import Manifest
@@ -152,10 +153,18 @@ class Attested(Candidate):
 
 @dataclass(frozen=True)
 class Release(Attested):
-    """Attested, signed, complete: the only thing a hub accepts."""
+    """Attested, signed, complete: the only thing a hub accepts.
+
+    Attributes:
+        manifest: Every file.
+        previous: Head of the repository that it was planned on; None: whatever is found there.
+        run: Names the attempt to publish these weights, the same when it is made again: a hub
+            writes it down, and knows by it what came of an attempt that got no answer.
+    """
 
     manifest: Manifest
     previous: str | None = None
+    run: str = field(default_factory=lambda: uuid4().hex)
 
 
 @dataclass(frozen=True)

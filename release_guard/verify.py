@@ -1,11 +1,13 @@
 """The consumer's flow over any Tree: who signed, what changed, what was shown, is it still so."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import TYPE_CHECKING, Literal
 
+from release_guard import SUITE
 from release_guard.attestation import (
     EVIDENCE_FILE,
     POLICY_FILE,
@@ -17,14 +19,15 @@ from release_guard.attestation import (
 )
 from release_guard.dsse import MAX_BUNDLE
 from release_guard.errors import IntegrityError, PolicyError, ReleaseGuardError
-from release_guard.evidence import SUITE, Evidence
-from release_guard.gate import gate
+from release_guard.gittree import read_pointer
 from release_guard.layout import artefacts, require_as_attacked
 from release_guard.manifest import EVIDENCE_FOLDER, SIGNATURE, Manifest, Tree, classify
 from release_guard.oms import SignedFiles, from_statement
-from release_guard.policy import Policy
 from release_guard.release import Result, Verdict
-from release_guard.signers import Signer
+
+if TYPE_CHECKING:
+    from release_guard.policy import Policy
+    from release_guard.signers import Voucher
 
 MAX_EVIDENCE = 512 << 20  # bytes of one evidence file
 
@@ -46,6 +49,7 @@ class State(StrEnum):
 
 _GRAVITY = tuple(State)
 _EXIT_CODES = {State.INTACT: 0, State.DOCUMENTATION_CHANGED: 0, State.NOT_PASSED: 3}
+_MAX_POINTER = 1024  # bytes
 _BUNDLE = ".sigstore.json"
 _MISMATCH = IntegrityError.exit_code
 
@@ -55,22 +59,27 @@ class Trust:
     """What the caller takes on faith, never from the release itself.
 
     Attributes:
-        signer: Whose signature counts.
+        signer: Whose signature counts; a `Signer` is one.
         policy_digest: SHA-256 of the policy it must have been judged by, byte for byte; None: the
             publisher's own is reported instead.
     """
 
-    signer: Signer
+    signer: "Voucher"
     policy_digest: str | None = None
+
+
+How = Literal["changed", "missing", "not pulled from Git LFS", "added"]
+_ABSENT: frozenset[How] = frozenset({"missing", "not pulled from Git LFS"})
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One state, why, and the files that show it."""
+    """One state, why, the files that show it, and how they differ from what was signed."""
 
     state: State
     message: str
     files: tuple[str, ...] = ()
+    how: How | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,8 @@ class Verification:
         claims: What the attestations say; None unless all three hold.
         notes: Things ignored that somebody may want to know of.
         rejudged: Every check; none unless the gate was run again.
+        absent: Files that are not here and, with `partial`, need not be.
+        strict: A changed document counts as a mismatch.
     """
 
     findings: tuple[Finding, ...]
@@ -114,6 +125,8 @@ class Verification:
     claims: Claims | None = None
     notes: tuple[str, ...] = ()
     rejudged: tuple[Rejudged, ...] = ()
+    absent: tuple[str, ...] = ()
+    strict: bool = False
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -124,6 +137,8 @@ class Verification:
     @property
     def exit_code(self) -> int:
         """That of the gravest state: 0, 3 or 4."""
+        if self.strict and State.DOCUMENTATION_CHANGED in self.states:
+            return _MISMATCH
         return max(_EXIT_CODES.get(state, _MISMATCH) for state in self.states)
 
 
@@ -143,7 +158,7 @@ def verify(
         trust: Whose signature counts and, if given, which policy.
         now: Moment to compare the expiry with; aware.
         partial: Missing weights, configuration and documents are no finding, as when only some
-            files were fetched. Missing evidence still is.
+            files were fetched, or pointers of Git LFS stand for them. Missing evidence still is.
         rejudge: Run the gate again on the signed evidence and require that it agrees.
         every_check: It must agree check by check, not only in the verdict.
     """
@@ -161,7 +176,13 @@ def verify(
         check.agreement(rejudged)
     notes = tuple(_notes(manifest))
     return Verification(
-        tuple(check.findings), trust.signer.identity, signed, claims, notes, rejudged
+        tuple(check.findings),
+        trust.signer.identity,
+        signed,
+        claims,
+        notes,
+        rejudged,
+        tuple(check.absent),
     )
 
 
@@ -181,6 +202,7 @@ class _Check:
     trust: Trust
     manifest: Manifest
     findings: list[Finding] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
 
     def signature(self) -> SignedFiles | None:
         """Step 1: `model.sig` is there, by the right signer, and lists files as it must."""
@@ -203,18 +225,24 @@ class _Check:
         found = {entry.name: entry.digest for entry in self.manifest.entries}
         del found[SIGNATURE]
         common = found.keys() & signed.digests.keys()
-        groups = {
-            "changed": {name for name in common if found[name] != signed.digests[name]},
+        differing = {name for name in common if found[name] != signed.digests[name]}
+        pointers = {name for name in differing if self._points_to(name, signed.digests[name])}
+        groups: dict[How, Iterable[str]] = {
+            "changed": differing - pointers,
             "missing": signed.digests.keys() - found.keys(),
+            "not pulled from Git LFS": pointers,
             "added": found.keys() - signed.digests.keys(),
         }
-        for what, names in groups.items():
+        for how, names in groups.items():
             grouped: dict[State, list[str]] = {}
             for name in sorted(names):
-                grouped.setdefault(_state(name, what), []).append(name)
+                grouped.setdefault(_state(name, how), []).append(name)
             for state, files in grouped.items():
-                if not (partial and what == "missing" and state is not State.EVIDENCE_MISSING):
-                    self._find(state, f"{what}: {_listing(files)}", *files)
+                if partial and how in _ABSENT and state is not State.EVIDENCE_MISSING:
+                    self.absent.extend(files)
+                else:
+                    text = f"{how}: {_listing(files)}"
+                    self.findings.append(Finding(state, text, tuple(files), how))
 
     def attestations(self, signed: SignedFiles) -> Claims | None:
         """Step 3: all three, by the same signer, about exactly these weights and configuration."""
@@ -287,21 +315,30 @@ class _Check:
             text = f"judged again, {len(differing)} checks differ: {_listing(differing)}"
             self._find(State.EVIDENCE_INVALID, text, bundle_name("resistance"))
 
-    def _judge(self, signed: SignedFiles, claims: Claims) -> tuple[Policy, Verdict]:
+    def _judge(self, signed: SignedFiles, claims: Claims) -> tuple["Policy", Verdict]:
+        from release_guard.evidence import Evidence  # noqa: PLC0415  a hook does without all this
+        from release_guard.gate import judge_again  # noqa: PLC0415
+        from release_guard.policy import Policy  # noqa: PLC0415
+
         source = self._signed_bytes(POLICY_FILE, signed, MAX_EVIDENCE)
         policy = Policy.parse(source, name=POLICY_FILE)
         evidence = Evidence.from_jsonl(self._signed_bytes(EVIDENCE_FILE, signed, MAX_EVIDENCE))
         if evidence.policy != policy.digest:
             raise IntegrityError(f"{EVIDENCE_FILE}: of another policy or other weights")
-        try:
-            verdict = gate(evidence, policy)
-        except (ArithmeticError, LookupError, ValueError) as error:  # figures no run ends with
-            raise IntegrityError(f"{EVIDENCE_FILE}: cannot be judged ({error})") from None
+        verdict = judge_again(evidence, policy)
         parts = artefacts(evidence, verdict, policy)
         require_as_attacked(signed.digests, parts)
         if evidence.artefacts and parts != claims.artefacts:
             raise IntegrityError(f"{EVIDENCE_FILE}: of other artefacts than the attestation names")
         return policy, verdict
+
+    def _points_to(self, name: str, digest: str) -> bool:
+        """Whether a pointer of Git LFS lies there instead of the file with this digest."""
+        entry = self.manifest.get(name)
+        if entry is None or entry.size > _MAX_POINTER:
+            return False
+        pointer = read_pointer(self.tree.read(name))
+        return pointer is not None and pointer.digest == digest
 
     def _as_signed(self, name: str, signed: SignedFiles) -> bool:
         """Whether a file is worth reading: one that is missing or changed was reported before."""
@@ -347,7 +384,7 @@ def _side_by_side(claims: Claims, verdict: Verdict) -> tuple[Rejudged, ...]:
     return tuple(found)
 
 
-def _state(name: str, what: str) -> State:
+def _state(name: str, how: How) -> State:
     match classify(name):
         case "weights":
             return State.WEIGHTS_CHANGED
@@ -356,7 +393,7 @@ def _state(name: str, what: str) -> State:
         case "documentation":
             return State.DOCUMENTATION_CHANGED
         case "evidence":
-            return State.EVIDENCE_MISSING if what == "missing" else State.EVIDENCE_INVALID
+            return State.EVIDENCE_MISSING if how in _ABSENT else State.EVIDENCE_INVALID
 
 
 def _listing(files: list[str], most: int = 3) -> str:

@@ -7,8 +7,9 @@ Says `intact` and exits 0, or says what is wrong and exits 4. It does not judge 
 import base64
 import hashlib
 import json
-import os
+import stat
 import sys
+import unicodedata
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,23 +25,23 @@ CLAIMS = {
     "test-result": "https://in-toto.io/attestation/test-result/v0.1",
     "svr": "https://in-toto.io/attestation/svr/v0.2",
 }
-WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".onnx",
-    ".h5",
-    ".msgpack",
-    ".npz",
-)
+HASHES = {
+    "secp256r1": hashes.SHA256(),
+    "secp384r1": hashes.SHA384(),
+    "secp521r1": hashes.SHA512(),
+}
 IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".svg")
+OUTSIDE = {".git", ".gitattributes", ".github", ".gitignore", "model.sig"}  # at the top
+SUITE = "2"  # major version
+LARGEST = 16 << 20  # bytes of a bundle
+WEIGHTS = ["safetensors", "bin", "pt", "pth", "ckpt", "gguf", "onnx", "h5", "msgpack", "npz"]
 
 
 class WrongError(Exception):
     """Not what it claims to be."""
+
+
+FAULTS = (WrongError, KeyError, TypeError, ValueError, AttributeError, OSError, RecursionError)
 
 
 def require(holds, what):
@@ -48,55 +49,79 @@ def require(holds, what):
         raise WrongError(what)
 
 
-def bundle(payload, signature, public):
-    """The one way to write it down: what else stood there would be signed by nobody."""
-    pem = public.public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    written = {
-        "mediaType": MEDIA,
-        "verificationMaterial": {
-            "publicKey": {"hint": hashlib.sha256(pem).hexdigest()},
-            "tlogEntries": [],
-        },
-        "dsseEnvelope": {
-            "payload": base64.b64encode(payload).decode(),
-            "payloadType": KIND.decode(),
-            "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}],
-        },
-    }
-    return json.dumps(written, sort_keys=True, separators=(",", ":")).encode()
+def read(source):
+    """JSON that means the same to everyone."""
+
+    def unique(pairs):
+        require(len({key for key, _ in pairs}) == len(pairs), "a key stands there twice")
+        return dict(pairs)
+
+    def refuse(number):
+        raise WrongError(f"{number} is no number")
+
+    require(len(source) <= LARGEST, "too large")
+    return json.loads(source.decode(), object_pairs_hook=unique, parse_constant=refuse)
+
+
+def decode(text):
+    raw = base64.b64decode(text, validate=True)
+    require(base64.b64encode(raw).decode() == text, "base64 with unused bits")
+    return raw
 
 
 def statement(path, public):
-    """Verify a bundle and give the statement in it."""
-    source = path.read_bytes()
-    envelope = json.loads(source)["dsseEnvelope"]
+    """Verify a bundle and give the statement in it. No signature covers a bundle's own fields, so
+    only those of the format may stand there."""
+    name, found = path.name, read(path.read_bytes())
+    require(set(found) == {"mediaType", "verificationMaterial", "dsseEnvelope"}, name)
+    material, envelope = found["verificationMaterial"], found["dsseEnvelope"]
+    require(found["mediaType"] == MEDIA, f"{name}: media type")
+    require({"publicKey"} <= set(material) <= {"publicKey", "tlogEntries"}, f"{name}: material")
+    require(material.get("tlogEntries") in (None, []), f"{name}: a log")
+    require({"hint", "rawBytes"} & set(material["publicKey"]), f"{name}: no key is named")
+    pem = public.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    hint = material["publicKey"].get("hint")
+    require(hint in (None, "", hashlib.sha256(pem).hexdigest()), f"{name}: another key")
+    require(set(envelope) == {"payload", "payloadType", "signatures"}, f"{name}: envelope")
+    require(envelope["payloadType"] == KIND.decode(), f"{name}: payload type")
     (signature,) = envelope["signatures"]
-    payload = base64.b64decode(envelope["payload"], validate=True)
-    require(source == bundle(payload, base64.b64decode(signature["sig"]), public), path.name)
+    require({"sig"} <= set(signature) <= {"sig", "keyid"}, f"{name}: signature")
+    require(signature.get("keyid") in (None, ""), f"{name}: keyid")
+    payload = decode(envelope["payload"])
     signed = b" ".join([b"DSSEv1", b"%d" % len(KIND), KIND, b"%d" % len(payload), payload])
     try:
-        public.verify(base64.b64decode(signature["sig"]), signed, ec.ECDSA(hashes.SHA256()))
+        public.verify(decode(signature["sig"]), signed, ec.ECDSA(HASHES[public.curve.name]))
     except InvalidSignature:
-        raise WrongError(f"{path.name}: signature") from None
-    found = json.loads(payload)
-    require(found["_type"] == "https://in-toto.io/Statement/v1", f"{path.name}: statement type")
+        raise WrongError(f"{name}: signature") from None
+    found = read(payload)
+    require(found["_type"] == "https://in-toto.io/Statement/v1", f"{name}: statement type")
     return found
 
 
-def files(folder):
+def canonical(name):
+    """Whether a name means one file, the same everywhere."""
+    odd = any(unicodedata.category(character) in {"Cc", "Cs"} for character in name)
+    parts = set(name.split("/"))
+    return not (odd or "\\" in name or parts & {"", ".", ".."})
+
+
+def files(folder, prefix=""):
     """SHA-256 of every file, by name, without what no release holds."""
     found = {}
-    for here, folders, names in os.walk(folder):
-        top = Path(here) == folder
-        folders[:] = [name for name in folders if not (top and name in {".git", ".github"})]
-        for name in names:
-            path = Path(here, name)
-            require(not path.is_symlink(), f"{path}: a link")
-            if not (top and name in {".gitignore", ".gitattributes", "model.sig"}):
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                found[path.relative_to(folder).as_posix()] = digest
+    for entry in sorted((folder / prefix).iterdir()):
+        name = f"{prefix}{entry.name}"
+        if name in OUTSIDE or name == ".cache/huggingface":
+            continue
+        mode = entry.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            found |= files(folder, f"{name}/")
+            continue
+        require(stat.S_ISREG(mode), f"{name}: a link, or no file")
+        require(canonical(name), f"{name!a}: no name for a file")
+        with entry.open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
@@ -104,7 +129,8 @@ def decides_behaviour(name):
     """Weights and configuration: all but evidence and documents."""
     base = name.rpartition("/")[2]
     document = base.endswith((".md", *IMAGES)) or base.startswith(("LICENSE", "NOTICE"))
-    return not document and not name.startswith(".release-guard/")
+    weights = base.rpartition(".")[2].lower() in WEIGHTS
+    return (weights or not document) and not name.startswith(".release-guard/")
 
 
 def root(digests):
@@ -114,19 +140,35 @@ def root(digests):
     ).hexdigest()
 
 
-def verify(folder, key, policy=None, now=None):
-    """Raise WrongError unless the release is intact."""
-    public = serialization.load_pem_public_key(Path(key).read_bytes())
-    model = statement(folder / "model.sig", public)
+def signed_files(model):
+    """What `model.sig` lists: digest by name."""
+    predicate = model["predicate"]
     require(model["predicateType"] == MODEL, "model.sig: predicate type")
-    serialized = model["predicate"]["serialization"]
+    require(set(predicate) == {"resources", "serialization"}, "model.sig: unknown fields")
+    serialized = predicate["serialization"]
+    fields = {"method", "hash_type", "allow_symlinks", "ignore_paths"}
+    require(set(serialized) <= fields, "model.sig: unknown fields")
     require(
         (serialized["method"], serialized["hash_type"]) == ("files", "sha256"), "model.sig: method"
     )
-    resources = model["predicate"]["resources"]
+    resources = predicate["resources"]
+    names = [resource["name"] for resource in resources]
+    require(names and len(set(names)) == len(names), "model.sig: no names, or doubled ones")
+    by_parts = sorted(names, key=lambda name: name.split("/"))
+    require(names in (sorted(names), by_parts), "model.sig: not sorted")
+    require(all(map(canonical, names)), "model.sig: no name for a file")
+    require({resource["algorithm"] for resource in resources} == {"sha256"}, "model.sig: digests")
     signed = {resource["name"]: resource["digest"] for resource in resources}
-    require(len(signed) == len(resources), "model.sig: doubled names")
-    require(model["subject"][0]["digest"]["sha256"] == root(signed), "model.sig: root")
+    (subject,) = model["subject"]
+    order = b"".join(bytes.fromhex(signed[name]) for name in names)
+    require(subject["digest"]["sha256"] == hashlib.sha256(order).hexdigest(), "model.sig: root")
+    return signed
+
+
+def verify(folder, key, policy=None, now=None):
+    """Raise one of FAULTS unless the release is intact."""
+    public = serialization.load_pem_public_key(Path(key).read_bytes())
+    signed = signed_files(statement(folder / "model.sig", public))
     found = files(folder)
     for name in sorted(found.keys() | signed.keys()):
         require(found.get(name) == signed.get(name), f"{name}: changed, missing or added")
@@ -139,10 +181,11 @@ def verify(folder, key, policy=None, now=None):
         about = [(subject["name"], subject["digest"]["sha256"]) for subject in claim["subject"]]
         require(about == subjects, f"{kind}: subjects")
         predicates[kind] = claim["predicate"]
-    check_claims(folder, predicates, found, policy, now or datetime.now(UTC))
+    check_claims(predicates, found, policy, now or datetime.now(UTC))
+    check_evidence(folder, predicates["resistance"], payload)
 
 
-def check_claims(folder, predicates, found, policy, now):
+def check_claims(predicates, found, policy, now):
     """Raise WrongError unless the three agree, on these files, and still hold."""
     resistance, result = predicates["resistance"], predicates["test-result"]
     policies = {resistance["policy"]["digest"]["sha256"], found[".release-guard/policy.toml"]}
@@ -150,21 +193,27 @@ def check_claims(folder, predicates, found, policy, now):
     require(policies == {policy or found[".release-guard/policy.toml"]}, "policy")
     report = resistance["report"]["digest"]["sha256"]
     require(report == found[".release-guard/evidence.jsonl"], "evidence")
-    first = (folder / ".release-guard/evidence.jsonl").read_bytes().split(b"\n", 1)[0]
-    header = json.loads(first)["header"]
-    require(header["policy"] in policies, "evidence: of another policy")
-    payload = {name: digest for name, digest in found.items() if decides_behaviour(name)}
-    artefacts = resistance.get("artefacts")
-    if header["schema_version"] < 3:  # one set of weights, whatever it was rounded to
-        require(not artefacts and header["immunized"] == root(payload), "evidence: other weights")
-    else:
-        check_artefacts(artefacts, header["artefacts"], payload)
-        fp32 = header["artefacts"].get("fp32", header["immunized"])
-        require(fp32 == header["immunized"], "evidence: other weights in fp32")
     until = datetime.fromisoformat(resistance["validUntil"])
     require(now < until, "expired")
+    require(resistance["suite"]["version"].partition(".")[0] == SUITE, "another suite")
     require((resistance["verdict"], result["result"]) == ("PASS", "PASSED"), "verdict")
-    require(predicates["svr"]["properties"], "svr: no property")
+    properties = predicates["svr"]["properties"]
+    require(properties and isinstance(properties, list), "svr: no property")
+
+
+def check_evidence(folder, resistance, payload):
+    """Raise WrongError unless the evidence's header names this policy and this payload."""
+    first = (folder / ".release-guard/evidence.jsonl").read_bytes().split(b"\n", 1)[0]
+    header = read(first)["header"]
+    require(header["policy"] == resistance["policy"]["digest"]["sha256"], "evidence: other policy")
+    require(header["schema_version"] in {1, 2, 3}, "evidence: unknown schema")
+    artefacts = resistance.get("artefacts")
+    if not header.get("artefacts"):  # before schema 3: one set of weights, however rounded
+        require(not artefacts and header["immunized"] == root(payload), "evidence: other weights")
+        return
+    check_artefacts(artefacts, header["artefacts"], payload)
+    fp32 = header["artefacts"].get("fp32", header["immunized"])
+    require(fp32 == header["immunized"], "evidence: other weights in fp32")
 
 
 def check_artefacts(artefacts, attacked, payload):
@@ -178,7 +227,7 @@ def check_artefacts(artefacts, attacked, payload):
         prefix = prefixes[each["precision"]]
         others = tuple(other for other in prefixes.values() if other and other != prefix)
         mine = {
-            name: digest
+            name.removeprefix(prefix): digest
             for name, digest in payload.items()
             if name.startswith(prefix) and not (prefix == "" and name.startswith(others))
         }
@@ -190,7 +239,7 @@ def check_artefacts(artefacts, attacked, payload):
 def main():
     try:
         verify(Path(sys.argv[1]), *sys.argv[2:4])
-    except (WrongError, KeyError, TypeError, ValueError, OSError) as error:
+    except FAULTS as error:
         sys.stdout.write(f"not intact: {error}\n")
         return 4
     sys.stdout.write("intact\n")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judged import FILES, NOW, Judged, about, check, fixed_key, judge, write
 
-from release_guard.attestation import EVIDENCE_FILE, POLICY_FILE, bundle_name, statements
+from release_guard.attestation import EVIDENCE_FILE, KEY_FILE, POLICY_FILE, bundle_name, statements
 from release_guard.errors import IntegrityError, ReleaseGuardError
 from release_guard.evidence import (
     Arm,
@@ -33,9 +33,9 @@ from release_guard.evidence import (
     Trial,
 )
 from release_guard.gate import gate
+from release_guard.inspection import document, rejudged_lines
 from release_guard.manifest import SIGNATURE, DirectoryTree, hash_directory
 from release_guard.oms import to_statement
-from release_guard.outcome import rejudged_lines, verification_document
 from release_guard.release import Candidate
 from release_guard.signers.key import Key
 from release_guard.verify import State, Trust, require_intact, verify
@@ -48,6 +48,7 @@ ALL = (
     SVR,
     RESISTANCE,
     TEST_RESULT,
+    KEY_FILE,
     ".release-guard/report.html",
 )
 
@@ -455,11 +456,7 @@ def test_a_check_that_was_signed_otherwise_is_found_when_every_check_counts(
     (told,) = (line for line in rejudged_lines(found) if "[signed " in line)
     signed = {"result": "INCONCLUSIVE", "removed": "not", "invented": "PASS"}[change]
     assert f"[signed {signed}] {wrong}" in told
-    (listed,) = (
-        each
-        for each in verification_document(found)["checks"]
-        if each["signed"] != each["rejudged"]
-    )
+    (listed,) = (each for each in document(found)["checks"] if each["signed"] != each["rejudged"])
     assert listed["name"] == wrong
 
 
