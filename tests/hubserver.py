@@ -19,20 +19,25 @@ Modes say what goes wrong:
     bad-body    an LFS upload arrives with a flipped byte, and is stored
     no-xet      404 where a Xet token is asked for
     settings    403 on the settings alone
+    deaf-settings  200 for the settings, which stay as they are
     echo        403 whose message repeats the token
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import struct
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_NAMES = (".safetensors", ".bin", ".gguf")
@@ -68,6 +73,7 @@ class Commit:
 @dataclass
 class Repository:
     private: bool
+    gated: str | bool = False
     commits: list[Commit] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
 
@@ -98,8 +104,10 @@ class HubServer:
         self.bodies: list[bytes] = []
         self.failed: set[str] = set()
         self.meanwhile: dict[str, Callable[[], object]] = {}  # done when a route is asked for
+        self.routes = list(ROUTES)
+        self.intercept: Intercept = lambda _, __, act: act()
         self.lock = threading.RLock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http = _Server(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
 
@@ -131,6 +139,10 @@ class HubServer:
             files = {**repository.head.files, path: Blob(len(content), content)}
             return repository.commit(files, f"Add {path}", author=author)
 
+    def admit(self, _: "Request") -> "Answer | None":
+        """What a Hub that is choosy about who asks says instead of an answer."""
+        return None
+
     def posts(self, part: str) -> int:
         return sum(method == "POST" and part in path for method, path in self.requests)
 
@@ -149,6 +161,11 @@ class Answer:
     body: Any
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
+    pause: float = 0.0  # seconds between two bytes of the body
+
+
+Act = Callable[[], Answer | None]
+Intercept = Callable[["Request", str, Act], Answer | None]
 
 
 def problem(status: int, message: str, code: str = "") -> Answer:
@@ -178,12 +195,19 @@ class Request:
 
 def answer(request: Request) -> Answer | None:
     """What the Hub answers; None closes the connection without a word."""
-    for method, pattern, route in ROUTES:
+    for method, pattern, route in request.server.routes:
         match = re.fullmatch(pattern, request.path)
         if method == request.method and match:
-            request.server.meanwhile.pop(route.__name__, lambda: None)()
-            return _faulty(request, route) or route(request, match)
+            return request.server.intercept(
+                request, route.__name__, partial(_act, request, match, route)
+            )
     return problem(404, f"no route for {request.method} {request.path}")
+
+
+def _act(request: Request, match: "re.Match[str]", route: Route) -> Answer | None:
+    request.server.meanwhile.pop(route.__name__, lambda: None)()
+    refused = request.server.admit(request) or _faulty(request, route)
+    return refused or route(request, match)
 
 
 def _faulty(request: Request, route: Route) -> Answer | None:
@@ -195,6 +219,7 @@ def _faulty(request: Request, route: Route) -> Answer | None:
         ("busy", name == "auth_check", replace(problem(429, "slow down"), headers=limit)),
         ("echo", name == "auth_check", problem(403, f"no, {token}, not you")),
         ("settings", name == "settings", problem(403, "not your settings")),
+        ("deaf-settings", name == "settings", Answer({})),
         ("deaf", name == "commit", problem(503, "not now")),
         ("read-only", name in WRITES, problem(403, "read-only token")),
         ("flaky", name not in server.failed, problem(500, "try again")),
@@ -338,6 +363,7 @@ def info(request: Request, match: "re.Match[str]") -> Answer:
             "id": match["repo"],
             "sha": None if request.server.mode == "headless" else commit.oid,
             "private": repository.private,
+            "gated": repository.gated,
             "siblings": [{"rfilename": name} for name in commit.files],
             "tags": [],
         }
@@ -443,7 +469,9 @@ def tag(request: Request, match: "re.Match[str]") -> Answer:
 
 def settings(request: Request, match: "re.Match[str]") -> Answer:
     def see(repository: Repository, _: Commit) -> Answer:
-        repository.private = request.json.get("visibility", "private") == "private"
+        if "visibility" in request.json:
+            repository.private = request.json["visibility"] == "private"
+        repository.gated = request.json.get("gated", repository.gated)
         return Answer({})
 
     return _at(request, match, see)
@@ -510,6 +538,13 @@ ROUTES: list[tuple[str, str, Route]] = [
 WRITES = {"auth_check", "create", "preupload", "lfs_batch", "lfs_put", "commit", "tag", "settings"}
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *arguments: Any) -> None:
+        """Clients that are killed or give up are what some tests are about."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*arguments)
+
+
 def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -540,12 +575,20 @@ def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(raw)))
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(raw)
+                _write(self.wfile, raw, found.pause)
 
         def log_message(self, *_: object) -> None:
             """Keep quiet: the request list is the log."""
 
     return Handler
+
+
+def _write(file: BinaryIO, raw: bytes, pause: float) -> None:
+    """All at once, or one byte after the other until the client has had enough."""
+    with contextlib.suppress(OSError):
+        for part in [raw] if pause == 0 else [bytes([byte]) for byte in raw]:
+            file.write(part)
+            time.sleep(pause)
 
 
 def git_oid(content: bytes) -> str:

@@ -3,6 +3,7 @@
     HUB/OWNER/NAME/              the head's files, plain: to look at, to copy, to break a byte of
     HUB/.revisions/OWNER/NAME/   head        revision of the head
                                  revisions/  REVISION.json: parent, root, who, when, files
+                                 tags/       revisions by the names given to them
                                  objects/    contents, named by their SHA-256
                                  incoming/   a push at work, or what a killed one left
                                  switching   which folder is about to become which revision
@@ -14,24 +15,26 @@ system call; `switching` names the new folder by its inode, so that after a kill
 tells whether the exchange took place.
 """
 
-import ctypes
 import errno
 import fcntl
 import getpass
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from release_guard.dsse import as_digest
+from release_guard.durable import copy_file, exchange, write_new
 from release_guard.errors import HubError, IntegrityError, PushRefusedError
-from release_guard.hubs import NOTHING, Hub, moved, require_repo_id
+from release_guard.hubs import NOTHING, Hub, Revision, moved, require_repo_id, taken
 from release_guard.manifest import (
     DirectoryTree,
     FileEntry,
@@ -43,8 +46,7 @@ from release_guard.manifest import (
 from release_guard.release import Receipt, Release
 
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-_NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP})
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # from linux/fcntl.h and linux/fs.h
+_POINTER = re.compile(rb"[0-9a-f]{40}")
 _Seen = TypeVar("_Seen")
 
 
@@ -79,9 +81,26 @@ class Directory(Hub):
         repository = self._repository(repo)
         with _spoken(repository):
             head = repository.head()
-            wanted = head if revision == "main" else revision
+            wanted = head if revision == "main" else repository.tags().get(revision, revision)
             stored = _Stored(repository.store / "objects", repository.revision(wanted).files)
             return _Head(repository, wanted, stored) if wanted == head else stored
+
+    def history(self, repo: str) -> Sequence[Revision]:
+        repository = self._repository(repo)
+        with _spoken(repository):
+            return list(repository.since(NOTHING))
+
+    def tags(self, repo: str) -> Mapping[str, str]:
+        repository = self._repository(repo)
+        with _spoken(repository):
+            return repository.tags()
+
+    def tag(self, repo: str, name: str, revision: str) -> None:
+        repository = self._repository(repo)
+        with _spoken(repository), repository.locked():
+            if (other := repository.tags().get(name, revision)) != revision:
+                raise PushRefusedError(taken(repo, name, other))
+            repository.tag(name, revision)
 
     def _repository(self, repo: str) -> "_Repository":
         require_repo_id(repo)
@@ -89,16 +108,25 @@ class Directory(Hub):
         return _Repository(repo, files=path / repo, store=path / ".revisions" / repo)
 
 
+def _named_by_digest(entry: FileEntry) -> FileEntry:
+    """An object's name is part of a path."""
+    return replace(entry, digest=as_digest(entry.digest, entry.name))
+
+
+_Name = Annotated[str, Field(pattern=r"\A[0-9a-f]{40}\z")]
+"""Of a revision; part of a path too."""
+
+
 class _Revision(BaseModel):
     """What a revision file says; its own digest is the revision's name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    parent: str
+    parent: _Name
     root: str
     who: str
     when: datetime
-    files: tuple[FileEntry, ...]
+    files: tuple[Annotated[FileEntry, AfterValidator(_named_by_digest)], ...]
 
 
 class _Switch(BaseModel):
@@ -107,7 +135,7 @@ class _Switch(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     inode: int
-    revision: str
+    revision: _Name
 
 
 @dataclass(frozen=True)
@@ -124,8 +152,10 @@ class _Repository:
                 return switch.revision
         except FileNotFoundError:
             pass  # nobody is switching, or to a first head that is not in place yet
+        except ValidationError:
+            raise IntegrityError(f"{self.store / 'switching'}: damaged") from None
         try:
-            return (self.store / "head").read_text().strip()
+            return self._pointer(self.store / "head")
         except FileNotFoundError:
             return NOTHING
 
@@ -136,16 +166,24 @@ class _Repository:
     def revision(self, name: str) -> _Revision:
         if name == NOTHING:
             raise HubError(f"{self.repo}: nothing has been pushed to {self.files.parents[1]} yet")
+        path = self.store / "revisions" / f"{name}.json"
+        if not _POINTER.fullmatch(name.encode(errors="replace")) or not path.exists():
+            raise HubError(f"{self.repo} has no revision {name!r}; its head is main")
         try:
-            content = (self.store / "revisions" / f"{name}.json").read_bytes()
+            content = path.read_bytes()
             found = _Revision.model_validate_json(content)
-        except FileNotFoundError:
-            raise HubError(f"{self.repo} has no revision {name!r}; its head is main") from None
-        except ValidationError:
+        except (ValidationError, IntegrityError):
             raise IntegrityError(f"{self.repo}: revision {name} is damaged") from None
         if _name(content) != name:
             raise IntegrityError(f"{self.repo}: revision {name} was changed after it was made")
         return found
+
+    def _pointer(self, path: Path) -> str:
+        """The revision that a file names."""
+        name = path.read_bytes().strip()
+        if not _POINTER.fullmatch(name):
+            raise IntegrityError(f"{path}: damaged, it names no revision")
+        return name.decode()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -175,41 +213,61 @@ class _Repository:
                 f"{self.files} holds files that were not pushed there; move them away first"
             )
         if head != seen:
-            authors = [revision.who for revision in self._since(head, seen)]
-            raise PushRefusedError(moved(self.repo, authors))
+            before, after = (self._listed(revision) for revision in (seen, head))
+            raise PushRefusedError(moved(self.repo, list(self.since(seen)), before, after))
 
     def replace(self, release: Release) -> None:
         """Make the release the head: stage it whole, check it, then exchange the folders."""
         staged = self.store / "incoming" / "files"
         for entry in release.manifest.entries:
-            _copy(self._object(release.directory / entry.name, entry), staged / entry.name)
+            copy_file(self._object(release.directory / entry.name, entry), staged / entry.name)
         if hash_directory(staged) != release.manifest:
             raise IntegrityError(f"{self.repo}: the copied files are not the release; push again")
         name = self._record(release)
         # Written before the exchange, moved after it: a full disk cannot come in between.
-        pointer = _write(self.store / "incoming" / "head", f"{name}\n".encode())
+        pointer = write_new(self.store / "incoming" / "head", f"{name}\n".encode())
         switch = _Switch(inode=staged.stat().st_ino, revision=name)
-        _write(self.store / "incoming" / "switching", switch.model_dump_json().encode()).rename(
+        write_new(self.store / "incoming" / "switching", switch.model_dump_json().encode()).rename(
             self.store / "switching"
         )
         self.files.parent.mkdir(parents=True, exist_ok=True)
-        _exchange(staged, self.files, aside=self.store / "incoming" / "outgoing")
+        exchange(staged, self.files, aside=self.store / "incoming" / "outgoing")
         pointer.rename(self.store / "head")
 
     def _settle(self) -> None:
         """Finish or drop what a push left behind; the head stays what it is."""
         pointer = self.store / "incoming" / "head"
         if self.switching():
-            if pointer.exists() and pointer.read_text().strip() == self.head():
+            if pointer.exists() and self._pointer(pointer) == self.head():
                 pointer.rename(self.store / "head")
             (self.store / "switching").unlink()
         shutil.rmtree(pointer.parent, ignore_errors=True)
 
-    def _since(self, head: str, seen: str) -> Iterator[_Revision]:
+    def since(self, seen: str) -> Iterator[Revision]:
+        """The revisions made after this one, newest first."""
+        head = self.head()
         while head not in {seen, NOTHING}:
             revision = self.revision(head)
-            yield revision
+            yield Revision(head, revision.who, f"release {revision.root[:12]}")
             head = revision.parent
+
+    def tags(self) -> Mapping[str, str]:
+        """Revisions by their tags."""
+        return {path.name: path.read_text().strip() for path in self._tags.glob("*")}
+
+    def tag(self, name: str, revision: str) -> None:
+        """Name a revision; the caller holds the lock and has seen that the name is free."""
+        incoming = self.store / "incoming" / "tag"
+        incoming.parent.mkdir()
+        self._tags.mkdir(exist_ok=True)
+        write_new(incoming, f"{revision}\n".encode()).rename(self._tags / name)
+
+    @property
+    def _tags(self) -> Path:
+        return self.store / "tags"
+
+    def _listed(self, revision: str) -> Manifest:
+        return Manifest(() if revision == NOTHING else self.revision(revision).files)
 
     def _object(self, source: Path, entry: FileEntry) -> Path:
         """A file with the entry's content: stored intact before, or now copied from `source`."""
@@ -221,7 +279,7 @@ class _Repository:
             return incoming
         if not source.is_file():
             raise IntegrityError(f"{source}: gone since the release was signed; sign it again")
-        _copy(source, incoming)
+        copy_file(source, incoming)
         if hash_file(incoming) != (entry.digest, entry.size):
             raise IntegrityError(f"{source}: changed since the release was signed; sign it again")
         incoming.chmod(0o444)
@@ -243,7 +301,7 @@ class _Repository:
         )
         content = revision.model_dump_json(indent=1).encode()
         name = _name(content)
-        _write(self.store / "incoming" / "revision", content).rename(revisions / f"{name}.json")
+        write_new(self.store / "incoming" / "revision", content).rename(revisions / f"{name}.json")
         return name
 
 
@@ -326,46 +384,3 @@ def _who() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
         return f"user {os.getuid()}"
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as given, target.open("xb") as written:
-        shutil.copyfileobj(given, written, 1 << 20)
-        written.flush()
-        os.fsync(written.fileno())
-
-
-def _write(path: Path, content: bytes) -> Path:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return path
-
-
-def _exchange(staged: Path, files: Path, *, aside: Path) -> None:
-    """Put `staged` where `files` is: in one step, or in two where the system knows no exchange.
-
-    Between the two steps the head's folder is missing; trees are then read from the objects.
-    """
-    if not files.exists():
-        staged.rename(files)
-        return
-    try:
-        _renameat2(staged, files)
-    except OSError as error:
-        if error.errno not in _NO_EXCHANGE:
-            raise
-        files.rename(aside)
-        staged.rename(files)
-
-
-def _renameat2(one: Path, other: Path) -> None:
-    library = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(library, "renameat2"):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    paths = os.fsencode(one), os.fsencode(other)
-    if library.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(other))

@@ -3,67 +3,50 @@
 A push is a chain of states, from any of which a rerun may begin anew:
 
     look      may we write, what is the head, what is in it
+    gate      made, private; who may see files later is settled before there are any
     upload    content-addressed, digests compared
     commit    one, on the head that was seen; if its answer is lost, the head tells
     compare   what landed is the release
-    show      made public last, if that is asked for
+    show      opened last, once the caller has verified what is there
 
 `upload_folder` is never used: it makes several commits and checks the parent of the first alone.
 """
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from ipaddress import ip_address
-from itertools import takewhile
 from pathlib import Path
-from typing import TypeVar
-from urllib.parse import urlsplit
-from uuid import uuid4
 
 from httpx2 import HTTPError
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    constants,
-    hf_hub_url,
-)
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OIDCError,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.hf_api import GitCommitInfo, ModelInfo
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, not in an __all__
-    build_hf_headers,
     disable_progress_bars,
-    hf_raise_for_status,
-    http_backoff,
 )
 from pydantic import Field
 
-from release_guard import __version__
-from release_guard.errors import (
-    AuthenticationError,
-    HubError,
-    IntegrityError,
-    PolicyError,
-    PushRefusedError,
+from release_guard.errors import AuthenticationError, HubError, IntegrityError, PushRefusedError
+from release_guard.hub_client import (
+    CONFLICT,
+    PUZZLING,
+    STALE,
+    connect,
+    passing,
+    plain,
+    spoken,
+    status_of,
+    words_of,
 )
-from release_guard.hubs import NOTHING, Hub, moved, require_repo_id
-from release_guard.manifest import IGNORED, FileEntry, Manifest
+from release_guard.hub_remote import Gate, Operation, Remote, RemoteTree
+from release_guard.hubs import NOTHING, Hub, Revision, moved, require_repo_id, taken
+from release_guard.manifest import FileEntry, Manifest
 from release_guard.release import Receipt, Release
 
 _SMALL = 10 << 20  # bytes; the Hub keeps larger files outside git, whatever they are
-_WAITS = (0.2, 0.6, 1.8)  # seconds before asking again
 _COMMIT_WAITS = (0.25, 2.0, 8.0)  # seconds before looking what became of a commit
-_HUB_ERRORS = (HTTPError, OIDCError, OSError, RuntimeError, ValueError, LookupError)
-_Answer = TypeVar("_Answer")
 
 
 class HuggingFace(Hub):
@@ -75,77 +58,169 @@ class HuggingFace(Hub):
     private: bool = Field(
         True,
         description="Make new repositories private and leave others as they are; "
-        "false: public once the pushed files were compared.",
+        "false: public once the pushed files were verified.",
+    )
+    gated: Gate | None = Field(
+        None,
+        description="Who asks for access gets it at once ('auto') or by the owner's hand "
+        "('manual'), false: nobody has to ask; not given: as it is. Set before any file is there.",
     )
 
     def preflight(self, repo: str) -> str:
         remote = self._remote(repo)
-        with _spoken(f"{repo}: may not be written"):
+        with spoken(f"{repo}: may not be written", left="nothing was written"):
             return remote.head() if remote.may_write() else NOTHING
 
     def push(self, release: Release, repo: str) -> Receipt:
         if not sys.stderr.isatty():
             disable_progress_bars()
         remote = self._remote(repo)
-        with _spoken(f"{repo}: push failed"):
+        with spoken(f"{repo}: push failed", left="nothing was committed"):
             if not remote.may_write():
                 remote.create()
             parent = remote.head()
-            there = remote.tree(parent).manifest
-            revision = parent
-            if there != release.manifest:
-                _require_planned(release, remote, parent, there)
-                revision = _replace(release, remote, parent, there)
-        if not self.private:
-            with _spoken(f"{repo}: pushed as {revision} but not made public"):
-                remote.show()
-        return Receipt(url=f"{remote.api.endpoint}/{repo}/tree/{revision}", revision=revision)
+            there = remote.tree(parent)
+            self._close(remote)
+            if there.manifest == release.manifest:
+                return _receipt(remote, parent)
+            _require_planned(release, there)
+            operations = _uploaded(release, remote, there.manifest)
+            revision = _commit(release, there, operations)
+        with spoken(f"{repo}: {revision} was committed but not compared", left="it stays there"):
+            _require_landed(release, remote.tree(revision), parent)
+            return _receipt(remote, revision)
 
     def address(self, repo: str) -> str:
         return f"hf://{repo}"
 
-    def tree(self, repo: str, revision: str = "main") -> "_RemoteTree":
-        with _spoken(f"{repo}: cannot be read", refused=AuthenticationError):
+    def tree(self, repo: str, revision: str = "main") -> "_Readable":
+        with _reading(repo):
             remote = self._remote(repo)
-            return remote.tree(remote.head(revision))
+            return _Readable(remote.tree(remote.head(revision)))
 
-    def _remote(self, repo: str) -> "_Remote":
+    def history(self, repo: str) -> Sequence[Revision]:
+        with _reading(repo):
+            return [_revision(commit) for commit in self._remote(repo).commits()]
+
+    def weights(self, repo: str, revision: str) -> Manifest:
+        with _reading(repo):
+            return self._remote(repo).tree(revision).weights
+
+    def tags(self, repo: str) -> Mapping[str, str]:
+        with _reading(repo):
+            return self._remote(repo).tags()
+
+    def tag(self, repo: str, name: str, revision: str) -> None:
+        remote = self._remote(repo)
+        with spoken(f"{repo}: {revision} is there but not tagged {name}", left="it stays there"):
+            if name not in remote.tags():
+                _tag(remote, name, revision)
+            if (other := remote.tags()[name]) != revision:
+                raise PushRefusedError(taken(repo, name, other))
+
+    def remarks(self, repo: str) -> Sequence[str]:
+        remote = self._remote(repo)
+        with spoken(f"{repo}: may not be written", left="nothing was written"):
+            if not remote.may_write():
+                later = "" if self.private else " until what was pushed is verified"
+                return (f"{repo} does not exist yet; it will be made, private{later}",)
+            info = remote.info()
+        if not info.private:
+            return (f"{repo} is public: the commit can be seen at once, before it is verified",)
+        return () if self.private else (f"{repo} is private; public once the push is verified",)
+
+    def show(self, repo: str) -> None:
+        remote = self._remote(repo)
+        with spoken(f"{repo}: pushed, but not opened as asked for", left="it stays as it was"):
+            info = remote.info()
+            if self.gated is False and info.gated:
+                remote.gate(False)
+            if not self.private and info.private:
+                remote.show()
+            if self._is_closed(info) and self._is_closed(remote.info()):
+                raise PushRefusedError(
+                    f"{repo}: pushed, but the hub did not open it as it was told; do it by hand in "
+                    "the repository's settings"
+                )
+
+    def _remote(self, repo: str) -> Remote:
         require_repo_id(repo)
-        endpoint = (self.endpoint or constants.ENDPOINT).rstrip("/")
-        _require_confidential(endpoint)
-        api = HfApi(endpoint, library_name="release-guard", library_version=__version__)
-        return _Remote(api, repo)
+        return Remote(connect(self.endpoint), repo)
+
+    def _close(self, remote: Remote) -> None:
+        """Let nobody in without asking, before there is anything to see."""
+        if not self.gated or remote.info().gated == self.gated:
+            return
+        with spoken(f"{remote.repo}: cannot be gated", left="nothing was committed"):
+            remote.gate(self.gated)
+            if remote.info().gated != self.gated:
+                raise PushRefusedError(
+                    f"{remote.repo}: the hub did not gate it as it was told; nothing was committed"
+                )
+
+    def _is_closed(self, info: ModelInfo) -> bool:
+        """Whether people see less of it than the options ask for."""
+        return bool((self.gated is False and info.gated) or (not self.private and info.private))
 
 
-def _require_planned(release: Release, remote: "_Remote", parent: str, there: Manifest) -> None:
+@dataclass(frozen=True)
+class _Readable:
+    """A tree that speaks as we do when it cannot be read."""
+
+    tree: RemoteTree
+
+    @property
+    def revision(self) -> str:
+        """The commit, whatever it was asked for as."""
+        return self.tree.revision
+
+    @property
+    def manifest(self) -> Manifest:
+        with _reading(self.tree.remote.repo):
+            return self.tree.manifest
+
+    def read(self, name: str) -> bytes:
+        with _reading(self.tree.remote.repo):
+            return self.tree.read(name)
+
+
+def _landed(release: Release, there: RemoteTree) -> bool:
+    """Whether a commit that got no answer is there: ours, or that of an earlier attempt.
+
+    An earlier attempt signed the same files, but signatures that carry their moment differ.
+    """
+    if there.manifest == release.manifest:
+        return True
+    same = there.manifest.unsigned == release.manifest.unsigned
+    return same and there.remote.made_in(release.run, there.revision)
+
+
+def _require_planned(release: Release, there: RemoteTree) -> None:
     planned = release.previous
-    if planned in {None, parent} or (planned == NOTHING and not there.entries):
+    if planned in {None, there.revision} or (planned == NOTHING and not there.manifest.entries):
         return
-    raise PushRefusedError(moved(remote.repo, remote.authors_since(str(planned))))
+    raise _moved(there.remote, str(planned), there)
 
 
-def _replace(release: Release, remote: "_Remote", parent: str, there: Manifest) -> str:
-    """Upload what differs, commit it in one commit on `parent`, compare what landed."""
+def _moved(remote: Remote, seen: str, now: RemoteTree) -> PushRefusedError:
+    before = remote.tree(seen).manifest if seen != NOTHING else Manifest(())
+    since = [_revision(commit) for commit in remote.since(seen)]
+    return PushRefusedError(moved(remote.repo, since, before, now.manifest))
+
+
+def _uploaded(release: Release, remote: Remote, there: Manifest) -> Sequence[Operation]:
+    """Upload what differs; the operations that make the release of what is there."""
     new = [entry for entry in release.manifest.entries if there.get(entry.name) != entry]
     strays = [entry.name for entry in there.entries if release.manifest.get(entry.name) is None]
-    additions = [_addition(release.directory / entry.name, entry) for entry in new]
     with _unchanged([release.directory / entry.name for entry in new]):
+        additions = [_addition(release.directory / entry.name, entry) for entry in new]
         remote.upload(additions)
     _require_digests(additions, new)
-    deletions = [CommitOperationDelete(name, is_folder=False) for name in strays]
-    revision = _commit(release, remote, parent, [*additions, *deletions])
-    if remote.tree(revision).manifest != release.manifest:
-        raise IntegrityError(
-            f"{remote.repo}: revision {revision} is not what was pushed; keep the repository "
-            "private, compare the files, then publish again"
-        )
-    return revision
+    return [*additions, *(CommitOperationDelete(name, is_folder=False) for name in strays)]
 
 
 def _addition(path: Path, entry: FileEntry) -> CommitOperationAdd:
     """Small files as the bytes that were hashed, large ones by path, hashed on their way."""
-    if not path.is_file():
-        raise IntegrityError(f"{path}: gone since the release was signed; sign it again")
     if entry.size > _SMALL:
         return CommitOperationAdd(entry.name, path)
     content = path.read_bytes()
@@ -169,6 +244,8 @@ def _unchanged(paths: Sequence[Path]) -> Iterator[None]:
 
 
 def _fingerprint(path: Path) -> tuple[int, ...]:
+    if path.is_symlink() or not path.is_file():
+        raise IntegrityError(f"{path}: gone since the release was signed; sign it again")
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -182,227 +259,66 @@ def _require_digests(additions: Sequence[CommitOperationAdd], entries: Sequence[
             )
 
 
-def _commit(
-    release: Release,
-    remote: "_Remote",
-    parent: str,
-    operations: Sequence[CommitOperationAdd | CommitOperationDelete],
-) -> str:
+def _commit(release: Release, parent: RemoteTree, operations: Sequence[Operation]) -> str:
     """Commit, and if the answer is lost or late find out from the head what became of it.
 
     Asking again is safe: it names the same parent, so that of two such commits one is refused.
     """
-    description = f"release-guard-run: {uuid4().hex}\nrelease-root: sha256:{release.manifest.root}"
+    remote, said = parent.remote, ""
     for wait in _COMMIT_WAITS:
         try:
-            return remote.commit(operations, parent, description)
-        except HTTPError as error:
-            if not (_passing(error) or _status(error) == _STALE):
+            return remote.commit(operations, parent.revision, release)
+        except (HTTPError, *PUZZLING) as error:
+            if isinstance(error, HTTPError) and not (passing(error) or status_of(error) == STALE):
                 raise
+            said = words_of(error)
         time.sleep(wait)
-        head = remote.head()
-        if head != parent:
-            if remote.tree(head).manifest == release.manifest:
-                return head
-            raise PushRefusedError(moved(remote.repo, remote.authors_since(parent)))
+        with spoken(f"{remote.repo}: the commit got no answer", left="it may have been taken"):
+            head = remote.head()
+            if head != parent.revision:
+                there = remote.tree(head)
+                if _landed(release, there):
+                    return head
+                raise _moved(remote, parent.revision, there)
     raise HubError(
-        f"{remote.repo}: the hub did not say whether it took the commit; run publish again, "
-        "it looks first and does nothing twice"
+        f"{remote.repo}: the hub did not say whether it took the commit ({said}); run publish "
+        "again, it looks first and does nothing twice"
     )
 
 
-@dataclass(frozen=True)
-class _Remote:
-    """The few questions a push asks the Hub, asked again when the Hub only stumbles."""
-
-    api: HfApi
-    repo: str
-
-    def may_write(self) -> bool:
-        """False where the repository is missing and somebody known is asking."""
-        try:
-            _patiently(lambda: self.api.auth_check(self.repo, write=True))
-        except RepositoryNotFoundError as error:
-            if error.response.status_code != _MISSING:
-                raise
-            _patiently(self.api.whoami)
-            return False
-        return True
-
-    def create(self) -> None:
-        _patiently(lambda: self.api.create_repo(self.repo, private=True, exist_ok=True))
-
-    def show(self) -> None:
-        if _patiently(lambda: self.api.model_info(self.repo)).private:
-            _patiently(lambda: self.api.update_repo_settings(self.repo, visibility="public"))
-
-    def head(self, revision: str = "main") -> str:
-        found = _patiently(lambda: self.api.model_info(self.repo, revision=revision)).sha
-        if found is None:
-            raise HubError(f"{self.repo}: the hub names no commit for {revision!r}")
-        return found
-
-    def tree(self, revision: str) -> "_RemoteTree":
-        listed = _patiently(
-            lambda: list(self.api.list_repo_tree(self.repo, recursive=True, revision=revision))
+def _require_landed(release: Release, there: RemoteTree, parent: str) -> None:
+    if _landed(release, there):
+        return
+    if there.revision == parent:
+        raise IntegrityError(
+            f"{there.remote.repo}: the hub answered without a commit, its head is still {parent}; "
+            "nothing was changed, publish again"
         )
-        files = [
-            item
-            for item in listed
-            if isinstance(item, RepoFile) and item.path.split("/")[0] not in IGNORED
-        ]
-        small = {
-            file.path: self.download(file.path, revision) for file in files if file.lfs is None
-        }
-        manifest = Manifest.of(_entry(file, small) for file in files)
-        return _RemoteTree(self, revision, manifest, small)
-
-    def download(self, name: str, revision: str) -> bytes:
-        url = hf_hub_url(self.repo, name, revision=revision, endpoint=self.api.endpoint)
-        headers = build_hf_headers(library_name="release-guard", library_version=__version__)
-        response = http_backoff("GET", url, headers=headers)
-        hf_raise_for_status(response)
-        return response.content
-
-    def upload(self, additions: Sequence[CommitOperationAdd]) -> None:
-        # A .gitignore on the Hub would drop files from upload and commit without a word.
-        self.api.preupload_lfs_files(self.repo, additions, free_memory=False, gitignore_content="")
-
-    def commit(
-        self,
-        operations: Sequence[CommitOperationAdd | CommitOperationDelete],
-        parent: str,
-        description: str,
-    ) -> str:
-        return self.api.create_commit(
-            self.repo,
-            operations,
-            commit_message="Publish with release-guard",
-            commit_description=description,
-            parent_commit=parent,
-        ).oid
-
-    def authors_since(self, revision: str) -> list[str]:
-        commits = _patiently(lambda: self.api.list_repo_commits(self.repo))
-        newer = list(takewhile(lambda commit: commit.commit_id != revision, commits))
-        return [" and ".join(commit.authors) or "somebody" for commit in newer]
-
-
-@dataclass(frozen=True)
-class _RemoteTree:
-    """A commit: digests as the Hub lists them for large files, as downloaded for the others."""
-
-    remote: _Remote
-    revision: str
-    manifest: Manifest
-    small: Mapping[str, bytes]
-
-    def read(self, name: str) -> bytes:
-        entry = self.manifest.get(name)
-        if entry is None:
-            raise IntegrityError(f"{name}: not in {self.remote.repo} at {self.revision}")
-        if name in self.small:
-            return self.small[name]
-        with _spoken(f"{self.remote.repo}: cannot be read", refused=AuthenticationError):
-            content = self.remote.download(name, self.revision)
-        if sha256(content).hexdigest() != entry.digest:
-            raise IntegrityError(f"{name}: the hub lists another digest than it serves")
-        return content
-
-
-def _entry(file: RepoFile, small: Mapping[str, bytes]) -> FileEntry:
-    if file.lfs is not None:
-        return FileEntry(file.path, file.lfs.sha256, file.lfs.size)
-    content = small[file.path]
-    return FileEntry(file.path, sha256(content).hexdigest(), len(content))
-
-
-def _require_confidential(endpoint: str) -> None:
-    """Refuse endpoints at which a token could be read on its way, without repeating secrets."""
-    parts = urlsplit(endpoint)
-    if parts.username or parts.password:
-        raise PolicyError("hub.endpoint: holds a name or password; set HF_TOKEN instead")
-    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts.hostname)):
-        raise PolicyError(
-            f"hub.endpoint: {endpoint} is not https; a token sent there can be read on its way"
-        )
-
-
-def _is_loopback(host: str | None) -> bool:
-    try:
-        return host == "localhost" or ip_address(host or "").is_loopback
-    except ValueError:
-        return False
-
-
-def _patiently(ask: Callable[[], _Answer]) -> _Answer:
-    """Ask, and ask again while the Hub only stumbles; for questions that change nothing twice."""
-    for wait in _WAITS:
-        try:
-            return ask()
-        except HTTPError as error:
-            if not _passing(error):
-                raise
-        time.sleep(wait)
-    return ask()
-
-
-_UNKNOWN, _FORBIDDEN, _MISSING, _STALE, _BUSY = 401, 403, 404, 412, 429
-
-
-def _passing(error: HTTPError) -> bool:
-    status = _status(error)
-    return status is None or status >= 500  # noqa: PLR2004  no answer, or the server's own fault
-
-
-def _status(error: BaseException) -> int | None:
-    answered = _answered(error)
-    return answered.response.status_code if answered else None
-
-
-def _answered(error: BaseException) -> HfHubHTTPError | None:
-    """The Hub's answer behind an error; the client wraps those of LFS uploads."""
-    while not isinstance(error, HfHubHTTPError):
-        if error.__cause__ is None:
-            return None
-        error = error.__cause__
-    return error
-
-
-@contextmanager
-def _spoken(what: str, *, refused: type[HubError] = PushRefusedError) -> Iterator[None]:
-    """Say in one line what the client raised, without ever repeating what it sent."""
-    try:
-        yield
-    except _HUB_ERRORS as error:
-        raise _translated(error, what, refused) from None
-
-
-def _translated(error: Exception, what: str, refused: type[HubError]) -> HubError:
-    status = _status(error)
-    if status == _UNKNOWN or isinstance(error, (OIDCError, LocalTokenNotFoundError)):
-        return AuthenticationError(
-            f"{what}: the hub does not know who is asking; set HF_TOKEN to a token with write "
-            "access, or HF_OIDC_RESOURCE in CI"
-        )
-    if status == _FORBIDDEN:
-        return refused(f"{what}: the hub refuses ({_words(error)}); check the token's rights")
-    if status == _MISSING:
-        return HubError(f"{what}: no such repository or revision; check the name and the token")
-    if status == _BUSY:
-        return HubError(f"{what}: too many requests; wait some minutes, then run it again")
-    if "xet-write-token" in str(error):
-        return HubError(f"{what}: the hub has no Xet storage; set HF_HUB_DISABLE_XET=1")
-    return HubError(f"{what}: {_words(error)}; nothing was half-pushed, run it again")
-
-
-def _words(error: Exception) -> str:
-    """First line of what was said, with the token taken out should the Hub have repeated it."""
-    answered = _answered(error)
-    said = (answered.server_message if answered else None) or str(
-        answered or error.__cause__ or error
+    raise IntegrityError(
+        f"{there.remote.repo}: revision {there.revision} is not what was pushed; keep the "
+        "repository private, compare the files, then publish again"
     )
-    line = next((line.strip() for line in said.splitlines() if line.strip()), type(error).__name__)
-    sent = answered.response.request.headers.get("authorization", "") if answered else ""
-    token = sent.removeprefix("Bearer ")
-    return (line.replace(token, "<TOKEN>") if token else line)[:200]
+
+
+def _tag(remote: Remote, name: str, revision: str) -> None:
+    try:
+        remote.tag(name, revision)
+    except HTTPError as error:
+        # Somebody was faster, or it was we and the answer was lost.
+        if status_of(error) != CONFLICT or name not in remote.tags():
+            raise
+
+
+def _receipt(remote: Remote, revision: str) -> Receipt:
+    return Receipt(url=f"{remote.api.endpoint}/{remote.repo}/tree/{revision}", revision=revision)
+
+
+def _revision(commit: GitCommitInfo) -> Revision:
+    authors = " and ".join(commit.authors) or "somebody"
+    return Revision(commit.commit_id, plain(authors), plain(commit.title))
+
+
+def _reading(repo: str) -> AbstractContextManager[None]:
+    return spoken(
+        f"{repo}: cannot be read", refused=AuthenticationError, left="nothing was changed"
+    )

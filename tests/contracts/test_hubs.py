@@ -8,7 +8,7 @@ from huggingface_hub.utils import close_session
 from releases import CHANGED, FILES, make_release
 
 from release_guard.errors import HubError, IntegrityError, PolicyError, PushRefusedError
-from release_guard.hubs import NOTHING, Hub, require_repo_id
+from release_guard.hubs import NOTHING, Hub, require_repo_id, require_tag
 from release_guard.plugins import Spec
 
 # huggingface_hub itself, when it uploads over LFS.
@@ -94,6 +94,44 @@ def test_a_head_that_moved_is_not_overwritten(hub: Hub, tmp_path: Path) -> None:
     assert hub.preflight(REPO) == newest
 
 
+def test_the_history_is_told_newest_first(hub: Hub, tmp_path: Path) -> None:
+    first = hub.push(make_release(tmp_path / "first"), REPO).revision
+    second = hub.push(make_release(tmp_path / "second", CHANGED), REPO).revision
+    revisions = hub.history(REPO)
+    assert [revision.name for revision in revisions[:2]] == [second, first]
+    assert all(revision.authors and revision.title for revision in revisions)
+
+
+def test_the_weights_of_a_revision(hub: Hub, tmp_path: Path) -> None:
+    release = make_release(tmp_path / "first")
+    revision = hub.push(release, REPO).revision
+    expected = [entry for entry in release.manifest.entries if entry.kind == "weights"]
+    assert list(hub.weights(REPO, revision).entries) == expected
+
+
+def test_a_tag_stays_where_it_is(hub: Hub, tmp_path: Path) -> None:
+    release = make_release(tmp_path / "first")
+    first = hub.push(release, REPO).revision
+    assert hub.tags(REPO) == {}
+    for _ in range(2):
+        hub.tag(REPO, "v1.0", first)
+        assert hub.tags(REPO) == {"v1.0": first}
+    second = hub.push(make_release(tmp_path / "second", CHANGED), REPO).revision
+    with pytest.raises(PushRefusedError, match=f"the tag v1.0 is on {first} already") as refused:
+        hub.tag(REPO, "v1.0", second)
+    assert refused.value.exit_code == 5
+    assert hub.tags(REPO) == {"v1.0": first}
+    assert hub.tree(REPO, "v1.0").manifest == release.manifest
+
+
+def test_remarks_and_opening_change_no_revision(hub: Hub, tmp_path: Path) -> None:
+    assert all("\n" not in remark for remark in hub.remarks(REPO))
+    assert hub.preflight(REPO) == NOTHING
+    revision = hub.push(make_release(tmp_path / "first"), REPO).revision
+    hub.show(REPO)
+    assert hub.preflight(REPO) == revision
+
+
 def test_what_changed_since_signing_does_not_land(hub: Hub, tmp_path: Path) -> None:
     release = make_release(tmp_path / "first")
     before = hub.push(release, REPO).revision
@@ -121,3 +159,16 @@ def test_only_owner_and_name_are_taken(hub: Hub, tmp_path: Path, repo: str) -> N
 @pytest.mark.parametrize("repo", ["acme/model", "a/b", "Acme-1/vit_base.v2", "0x/a-b"])
 def test_repository_ids(repo: str) -> None:
     require_repo_id(repo)
+
+
+@pytest.mark.parametrize("name", ["v1.0", "1", "release_2-b"])
+def test_tags(name: str) -> None:
+    require_tag(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "main", "a/b", "../x", "v1..2", "v1.lock", ".v1", "v 1", "f" * 40, "-v", "v1\n"]
+)
+def test_no_tags(name: str) -> None:
+    with pytest.raises(PolicyError, match="is not a tag"):
+        require_tag(name)

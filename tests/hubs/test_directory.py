@@ -212,7 +212,7 @@ def test_a_user_without_a_name(
 
     monkeypatch.setattr(getpass, "getuser", nameless)
     hub.push(release, REPO)
-    with pytest.raises(PushRefusedError, match=rf"1 revision by user {os.getuid()}\)"):
+    with pytest.raises(PushRefusedError, match=rf"1 revision by user {os.getuid()}:"):
         hub.push(replace(other, previous=NOTHING), REPO)
 
 

@@ -3,10 +3,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hubserver import HubServer
+from hubserver import Blob, HubServer
 from huggingface_hub import constants
 from huggingface_hub.utils import _xet, close_session, http_backoff
 from releases import CHANGED, FILES, make_release
@@ -142,7 +143,10 @@ def test_a_tree_needs_no_weights(serve: Serve, release: Release) -> None:
 def test_a_commit_in_between_is_not_overwritten(serve: Serve, release: Release) -> None:
     server = serve("stale")
     server.create(REPO)
-    with pytest.raises(PushRefusedError, match=r"moved .*\(1 revision by bob\)") as refused:
+    with pytest.raises(
+        PushRefusedError,
+        match=r'moved .*\(1 revision by bob: "Add foreign.txt"; changed: foreign.txt\)',
+    ) as refused:
         HuggingFace(endpoint=server.url).push(release, REPO)
     assert refused.value.exit_code == 5
     assert titles(server) == ["initial commit", "Add foreign.txt"]
@@ -157,13 +161,28 @@ def test_a_push_planned_on_another_head_is_refused(
     planned = hub.push(release, REPO).revision
     server.add(REPO, "one.txt", b"1", author="bob")
     newest = server.add(REPO, "two.txt", b"2", author="carol")
-    with pytest.raises(PushRefusedError, match=r"\(2 revisions by bob and carol\)"):
+    with pytest.raises(
+        PushRefusedError, match=r"\(2 revisions by bob and carol: .*; changed: one.txt, two.txt\)"
+    ):
         hub.push(make_release(tmp_path / "late", CHANGED, previous=planned), REPO)
     with pytest.raises(PushRefusedError, match="moved"):
         hub.push(make_release(tmp_path / "late", CHANGED, previous=NOTHING), REPO)
     assert server.repositories[REPO].head.oid == newest
     hub.push(make_release(tmp_path / "late", CHANGED, previous=newest), REPO)
     assert {*server.repositories[REPO].head.files} == {".gitattributes", *CHANGED}
+
+
+@once
+def test_what_others_wrote_does_nothing_to_a_terminal(serve: Serve, release: Release) -> None:
+    server = serve()
+    server.create(REPO)
+    hub = HuggingFace(endpoint=server.url)
+    planned = hub.push(release, REPO).revision
+    files = dict(server.repositories[REPO].head.files)
+    server.repositories[REPO].commit(files, "\x1b[2J\nerror: gone", author="eve\x1b]0;x\x07")
+    with pytest.raises(PushRefusedError, match=r"by eve\?\]0;x\?") as refused:
+        hub.push(make_release(release.directory, CHANGED, previous=planned), REPO)
+    assert str(refused.value).isprintable()
 
 
 @once
@@ -349,19 +368,114 @@ def test_a_gitignore_on_the_hub_drops_nothing(serve: Serve, release: Release) ->
 @once
 def test_public_comes_last(serve: Serve, release: Release) -> None:
     server = serve()
-    HuggingFace(endpoint=server.url, private=False).push(release, REPO)
+    hub = HuggingFace(endpoint=server.url, private=False)
+    hub.push(release, REPO)
+    assert server.repositories[REPO].private
+    hub.show(REPO)
     assert not server.repositories[REPO].private
-    assert server.requests[-1] == ("PUT", f"/api/models/{REPO}/settings")
+    assert server.requests[-2] == ("PUT", f"/api/models/{REPO}/settings")
     before = len(server.writes())
-    HuggingFace(endpoint=server.url, private=False).push(release, REPO)
+    hub.push(release, REPO)
+    hub.show(REPO)
     assert len(server.writes()) == before
+
+
+@once
+def test_what_to_know_before_a_push(serve: Serve, release: Release) -> None:
+    server = serve()
+    hidden, open_ = (
+        HuggingFace(endpoint=server.url),
+        HuggingFace(endpoint=server.url, private=False),
+    )
+    assert hidden.remarks(REPO) == (f"{REPO} does not exist yet; it will be made, private",)
+    assert "until what was pushed is verified" in open_.remarks(REPO)[0]
+    hidden.push(release, REPO)
+    assert hidden.remarks(REPO) == ()
+    assert "public once the push is verified" in open_.remarks(REPO)[0]
+    server.repositories[REPO].private = False
+    assert "the commit can be seen at once" in hidden.remarks(REPO)[0]
+    assert server.writes()[-1].endswith("/commit/main")
+
+
+@once
+@pytest.mark.parametrize("gated", ["auto", "manual"])
+def test_gated_before_anything_is_sent(serve: Serve, release: Release, gated: str) -> None:
+    server = serve()
+    HuggingFace(endpoint=server.url, gated=gated).push(release, REPO)
+    assert server.repositories[REPO].gated == gated
+    writes = [path.rpartition("/")[2] for path in server.writes()]
+    assert writes.index("settings") < writes.index("main")
+
+
+@once
+def test_opened_to_all_only_at_the_end(serve: Serve, release: Release) -> None:
+    server = serve()
+    server.create(REPO).gated = "manual"
+    hub = HuggingFace(endpoint=server.url, gated=False)
+    hub.push(release, REPO)
+    assert server.repositories[REPO].gated == "manual"
+    hub.show(REPO)
+    assert server.repositories[REPO].gated is False
+
+
+@once
+@pytest.mark.parametrize("mode", ["settings", "deaf-settings"])
+def test_what_cannot_be_gated_is_not_pushed(serve: Serve, release: Release, mode: str) -> None:
+    server = serve(mode)
+    with pytest.raises(PushRefusedError, match=r"gate.*nothing was committed"):
+        HuggingFace(endpoint=server.url, gated="manual").push(release, REPO)
+    assert titles(server) == ["initial commit"]
+    assert server.repositories[REPO].private
+
+
+@once
+def test_a_hub_that_says_yes_and_opens_nothing(serve: Serve, release: Release) -> None:
+    server = serve("deaf-settings")
+    hub = HuggingFace(endpoint=server.url, private=False)
+    hub.push(release, REPO)
+    with pytest.raises(PushRefusedError, match="did not open it as it was told"):
+        hub.show(REPO)
+
+
+@once
+def test_an_earlier_attempt_with_other_signatures_is_known_again(
+    serve: Serve, release: Release, tmp_path: Path
+) -> None:
+    """Its commit lands late, between the look of the second attempt and its commit."""
+    server = serve()
+    server.create(REPO)
+    early = make_release(tmp_path / "early", {**FILES, "model.sig": b"signed a minute before"})
+    early = replace(early, run=release.run)
+    hub = HuggingFace(endpoint=server.url)
+    landed: list[str] = []
+    server.meanwhile["preupload"] = lambda: landed.append(put(server, early))
+    assert hub.push(release, REPO).revision == landed[0]
+    assert len(titles(server)) == 2
+    other = make_release(tmp_path / "other", CHANGED)
+    server.meanwhile["preupload"] = lambda: put(server, replace(early, run=other.run))
+    with pytest.raises(PushRefusedError, match="moved"):  # same name, other files
+        hub.push(other, REPO)
+
+
+def put(server: HubServer, release: Release) -> str:
+    """A commit of the release as our own client would have described it."""
+    files = {
+        entry.name: Blob(entry.size, (release.directory / entry.name).read_bytes())
+        if not entry.name.endswith(".safetensors")
+        else Blob(entry.size, sha256=entry.digest)
+        for entry in release.manifest.entries
+    }
+    message = f"release-guard-run: {release.run}"
+    return server.repositories[REPO].commit(files, "Publish", author="alice", message=message)
 
 
 @once
 def test_public_is_refused(serve: Serve, release: Release) -> None:
     server = serve("settings")
-    with pytest.raises(PushRefusedError, match=r"pushed as [0-9a-f]{40} but not made public"):
-        HuggingFace(endpoint=server.url, private=False).push(release, REPO)
+    hub = HuggingFace(endpoint=server.url, private=False)
+    hub.push(release, REPO)
+    with pytest.raises(PushRefusedError, match=r"not opened .*; it stays as it was"):
+        hub.show(REPO)
     assert server.repositories[REPO].private
     assert len(titles(server)) == 2
 
