@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from release_guard.deliver import Published
 from release_guard.errors import IntegrityError, ModelError
 from release_guard.manifest import DirectoryTree
 from release_guard.policy import Policy
 from release_guard.preflight import Order
-from release_guard.publish import Published, publish
-from release_guard.redteam import Session
+from release_guard.publish import publish
 from release_guard.run import folder_made_whole
+from release_guard.session import Session
 from release_guard.signers.key import Key, generate_key
 from release_guard.verify import Trust, require_intact, verify
 

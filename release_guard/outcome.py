@@ -11,11 +11,13 @@ from release_guard.policy import Policy
 from release_guard.release import Check, Receipt, Result, Strength, Verdict
 
 if TYPE_CHECKING:
+    from release_guard.changes import Changes
+    from release_guard.deliver import Packed
     from release_guard.evidence import Evidence
+    from release_guard.judging import Immunized
+    from release_guard.manifest import FileEntry
     from release_guard.plan import Plan, Row
-    from release_guard.publish import Immunized
     from release_guard.replay import Replay
-    from release_guard.verify import Verification
 
 _GIGA, _MEGA = 1e9, 1e6
 _MOST_CHECKS = 12
@@ -57,33 +59,6 @@ def immunized_lines(checks: Sequence[Check]) -> Iterator[str]:
             "next: `publish` would be refused; give a stage without an effect more steps, and put "
             "one that undid another before it"
         )
-
-
-def verification_document(verification: "Verification") -> dict[str, Any]:
-    """Every finding, gravest state first."""
-    claims, signed = verification.claims, verification.signed
-    return {
-        "exit_code": verification.exit_code,
-        "states": [str(state) for state in verification.states],
-        "findings": [asdict(finding) for finding in verification.findings],
-        "identity": verification.identity,
-        "release_root": None if signed is None else signed.root,
-        "verdict": None if claims is None else claims.result.name,
-        "claim": None if claims is None else claims.claim,
-        "policy_digest": None if claims is None else claims.policy,
-        "suite": None if claims is None else claims.suite,
-        "valid_until": None if claims is None else claims.valid_until.isoformat(),
-        "notes": list(verification.notes),
-        "checks": [
-            {
-                "name": check.name,
-                "signed": check.signed and check.signed.name,
-                "rejudged": check.found and check.found.name,
-                "detail": check.detail,
-            }
-            for check in verification.rejudged
-        ],
-    }
 
 
 def replay_document(
@@ -145,24 +120,52 @@ def advice_lines(verdict: Verdict) -> Iterator[str]:
         )
 
 
-def verification_lines(verification: "Verification") -> Iterator[str]:
-    """States, then what was found, then what the signer claims."""
-    yield ", ".join(verification.states)
-    yield from (f"  {finding.state}: {finding.message}" for finding in verification.findings)
-    if (claims := verification.claims) is not None and verification.exit_code == 0:
-        yield f"  {claims.claim}"
-        yield f"  policy sha256:{claims.policy}, valid until {claims.valid_until:%Y-%m-%d}"
-    yield f"  signer {verification.identity}"
+def published_lines(
+    packed: "Packed", repo: str, receipt: Receipt | None, *, dry_run: bool
+) -> Iterator[str]:
+    """Where it went and how to verify it; or why it went nowhere, and what to do."""
+    candidate, policy = packed.candidate, packed.policy
+    if receipt is not None:
+        yield f"published: {receipt.url} at {receipt.revision}"
+        yield f"verify: {verify_command(policy, repo, receipt)}"
+    elif not candidate.verdict.passed:
+        yield "nothing was published"
+        yield from advice_lines(candidate.verdict)
+    elif dry_run:
+        yield f"dry run: nothing was signed or sent; what would be lies in {candidate.directory}"
+    else:
+        yield (
+            f"packed, nothing was signed or sent; next: release-guard publish --repo {repo} "
+            f"--candidate {shlex.quote(str(candidate.directory))} "
+            f"--expect-root {candidate.payload.root}"
+        )
 
 
-def rejudged_lines(verification: "Verification") -> Iterator[str]:
-    """Every check as the gate judges it now, and how it was signed if that differs."""
-    if not verification.rejudged:
-        yield "the gate was not run again: there is no evidence that could be trusted"
-    for check in verification.rejudged:
-        result = check.found.name if check.found else "gone"
-        signed = "" if check.agrees else f" [signed {check.signed.name if check.signed else 'not'}]"
-        yield f"  {result}{signed} {check.name}: {check.detail}".rstrip(": ")
+def changes_document(changes: "Changes | None") -> dict[str, Any]:
+    """What was, or would be, changed on the hub."""
+    return {"changes": None if changes is None else asdict(changes)}
+
+
+def changes_lines(changes: "Changes") -> Iterator[str]:
+    """What a push would change, before it does; then what else has to be known."""
+    kinds = {
+        "new": changes.new,
+        "changed": changes.changed,
+        "deleted": changes.deleted,
+        "unchanged": changes.unchanged,
+    }
+    sums = (f"{len(files)} {kind} ({_size(_bytes(files))})" for kind, files in kinds.items())
+    yield f"{changes.repo}: {', '.join(sums)}"
+    del kinds["unchanged"]
+    for kind, files in kinds.items():
+        for entry in files:
+            note = ", put there by no signed release" if entry in changes.foreign else ""
+            yield f"  {kind:<8} {entry.name} ({_size(entry.size)}{note})"
+    yield from (f"  note: {remark}" for remark in changes.remarks)
+
+
+def _bytes(files: "Sequence[FileEntry]") -> int:
+    return sum(entry.size for entry in files)
 
 
 def replay_lines(replayed: "Replay") -> Iterator[str]:
@@ -195,7 +198,7 @@ def verify_command(policy: Policy, repo: str, receipt: Receipt) -> str:
     url = urlsplit(receipt.url)
     target = unquote(url.path) if url.scheme == "file" else f"hf://{repo}@{receipt.revision}"
     key = policy.signer.options.get("public", "PUBLIC_KEY")  # none where the key is a variable
-    return f"release-guard verify {shlex.quote(target)} --key {shlex.quote(key)}"
+    return wording.verify_command(target, policy.signer, key)
 
 
 def pushed_document(receipt: Receipt | None) -> Mapping[str, Any]:

@@ -10,11 +10,36 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from release_guard.errors import PolicyError
+from release_guard.errors import PolicyError, printable
+
+_MOST_SHOWN = 120  # characters of what somebody wrote
+_DEEPEST = 16  # levels of tables and lists in an option; chains of chains take five
+
+
+def _shallow(value: Any, levels: int = _DEEPEST) -> Any:
+    """Refuse what is nested so deep that whoever walks through it may never come back."""
+    items = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping | list | tuple):
+        if not levels:
+            raise ValueError(f"more than {_DEEPEST} tables or lists in each other")
+        for item in items:
+            _shallow(item, levels - 1)
+    return value
+
+
+Shallow = Annotated[Any, AfterValidator(_shallow)]
+"""Anything that somebody may have written as an option."""
 
 
 class Spec(BaseModel):
@@ -23,6 +48,15 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     name: str = Field(description="File name of the plug-in, without .py.")
+
+    @model_validator(mode="after")
+    def _holds_what_can_be_walked(self) -> Self:
+        _shallow(self.options)
+        try:
+            _ = self.parts, self.after
+        except ValidationError:
+            raise ValueError("`steps` and `after` list plug-ins: tables with a name") from None
+        return self
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -109,7 +143,7 @@ class Plugin(BaseModel):
             return found.model_validate(dict(spec.options))
         except ValidationError as error:
             lines = _option_problems(error, found, spec, where or spec.name)
-            raise PolicyError("\n".join(lines)) from None
+            raise PolicyError("\n".join(map(printable, lines))) from None
 
     @classmethod
     @functools.cache
@@ -126,6 +160,15 @@ class Plugin(BaseModel):
     def name(self) -> str:
         """The file name, which is the plug-in's only name."""
         return type(self).__module__.rpartition(".")[2]
+
+
+def excerpt(value: Any) -> str:
+    """What somebody wrote, as Python writes it, cut to what fits into a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a table in a table in
+        return "something too long to show"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} ..."
 
 
 def advise(word: str, allowed: Iterable[str]) -> str:
@@ -148,5 +191,5 @@ def _option_problems(
         elif problem["type"] == "missing":
             lines.append(f"{where}.{key}: missing; {spec.name} needs it")
         else:
-            lines.append(f"{where}.{key}: found {problem['input']!r}; {problem['msg']}")
+            lines.append(f"{where}.{key}: found {excerpt(problem['input'])}; {problem['msg']}")
     return lines

@@ -11,6 +11,7 @@ from release_guard.plugins import Spec
 from release_guard.policy import HUB_PREFIX, Policy
 from release_guard.quantization import require_layers
 from release_guard.shards import world
+from release_guard.sources import local_folder, named_in
 from release_guard.stages import Stage, misplaced
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ class Order:
         policy: What it must resist.
         base: Undefended original, where `source` was immunized elsewhere; none: `source` itself.
         as_is: Judge `source` as it is; no stage is applied.
-        dry_run: Stop before anything is signed.
+        dry_run: Stop before anything is signed, and need no key.
+        pack_only: Stop before anything is signed; another job goes on from the packed folder.
+        tag: Name for the revision that is made.
     """
 
     source: str
@@ -36,19 +39,41 @@ class Order:
     base: str | None = None
     as_is: bool = False
     dry_run: bool = False
+    pack_only: bool = False
+    tag: str | None = None
+
+    @property
+    def stops(self) -> bool:
+        """Whether nothing is signed or sent."""
+        return self.dry_run or self.pack_only
 
 
-def check_order(order: Order) -> None:
-    """Whether it is clear which model is published.
+def check_order(order: Order, output: Path) -> None:
+    """Whether it is clear which model is published, and that nothing goes out with it by accident.
 
     Raises:
-        PolicyError: The source was immunized elsewhere, and stages would immunize its base instead.
+        PolicyError: The source was immunized elsewhere, and stages would immunize its base instead;
+            the run's folder or the policy's data lie in the model's.
     """
     if order.base and order.policy.stages and not order.as_is:
         raise PolicyError(
             "--base says that the source was immunized elsewhere, but the policy has stages, which "
             "would immunize the base and publish that; add --as-is, or leave --base out"
         )
+    if not (model := Path(order.source)).is_dir():
+        return
+    model = model.resolve()
+    if output.resolve().is_relative_to(model):
+        raise PolicyError(f"{output}: lies in the model's own folder; choose another --output")
+    if order.policy.stages and not order.as_is:
+        return  # what stages make goes out, not the folder as it is
+    for key, source in named_in(order.policy):
+        local = not source.startswith(HUB_PREFIX)
+        if local and model in Path(source).resolve().parents:
+            raise PolicyError(
+                f"{key}: {source} lies in the model's own folder and would be published with it; "
+                "move it out"
+            )
 
 
 def check_stage_kinds(policy: Policy) -> None:
@@ -210,26 +235,3 @@ def _check_read(base: "ModelHandle", policy: Policy, spec: Spec) -> None:
     for target in (target for target in policy.targets if spec in policy.aimed_at(target)):
         for dataset in filter(None, (target.dataset, getattr(target, "donor_dataset", None))):
             base.batches(dataset, "attack", size=attack.wants, seed=policy.seed)
-
-
-def local_folder(source: str) -> Path:
-    """The folder a model lies in; a Hub id is fetched into the Hub's own cache first."""
-    if Path(source).is_dir():
-        return Path(source).resolve()
-    name, separator, revision = source.partition("@")
-    if not separator or name.count("/") != 1:
-        raise ModelError(
-            f"{source}: no such folder; for a model of the Hub write OWNER/NAME@REVISION"
-        )
-    return _fetch(name, revision)
-
-
-def _fetch(name: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second to import
-
-    kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=kinds))
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"{name}@{revision}: cannot be fetched from the Hub ({first})") from None

@@ -1,13 +1,13 @@
 """From an order to the models that are compared: checked, immunized or taken as is, loaded."""
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from release_guard.errors import ModelError
-from release_guard.evidence import SUITE, Cost, StageReport, canonical_json
+from release_guard import SUITE, card
+from release_guard.errors import ModelError, PolicyError
+from release_guard.evidence import Cost, StageReport
 from release_guard.manifest import hash_directory
 from release_guard.modalities import Modality, settle_threads
 from release_guard.phases import data_digests
@@ -22,16 +22,17 @@ from release_guard.preflight import (
     check_relatives,
     check_stage_kinds,
     check_stages,
-    local_folder,
     public_ancestor,
 )
 from release_guard.quantization import runnable
-from release_guard.redteam import Session
-from release_guard.run import Run, folder_made_whole, share_files
+from release_guard.run import Run, folder_made_whole, read_made, share_files
+from release_guard.session import Session
 from release_guard.sham_weights import sham_of
 from release_guard.sharding import gather, settled
 from release_guard.shards import leads, wait, world
+from release_guard.sources import local_folder
 from release_guard.stages import Stage, Workspace
+from release_guard.strict_json import canonical_json, loads
 from release_guard.subject import Subject
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def open_run(order: Order, output: Path, session: Session) -> Opened:
 
     The leading process claims it; the others, if there are any, wait for that.
     """
-    check_order(order)
+    check_order(order, output)
     source = local_folder(order.source)
     undefended = local_folder(order.base) if order.base else source
     _require_room(source, order.policy)
@@ -105,6 +106,7 @@ def open_run(order: Order, output: Path, session: Session) -> Opened:
     ancestor = public_ancestor(order.policy, source, undefended)
     if ancestor is not None:
         about["ancestor"] = hash_directory(ancestor).payload.root
+    card.check(source)
     modality = Modality.build(order.policy.modality)
     base = modality.load(str(undefended))
     settle_threads(base, session.workers)
@@ -126,7 +128,7 @@ def apply_stages(
 ) -> tuple[StageReport, ...]:
     """Apply the stages in order and save the result; a finished one is taken from the folder."""
     if run.immunized.is_dir():
-        return tuple(map(StageReport.model_validate, json.loads(run.stages.read_bytes())))
+        return _reports(run.stages)
     model, applied = settled(base), []
     for place, spec in enumerate(policy.stages):
         before, stage = model, Stage.build(spec)
@@ -143,6 +145,14 @@ def apply_stages(
             whole.save(folder)
     wait()
     return reports
+
+
+def _reports(path: Path) -> tuple[StageReport, ...]:
+    """What the stages of a finished immunization said."""
+    try:
+        return tuple(map(StageReport.model_validate, loads(path.read_bytes())))
+    except (OSError, ValueError, TypeError):
+        raise PolicyError(f"{path}: damaged; choose another --output") from None
 
 
 def _apply(
@@ -214,7 +224,7 @@ def make_artefacts(
     """
     master = hash_directory(run.immunized).payload.root
     wanted = [each for each in policy.precisions if each != "fp32" and not runnable(each)]
-    made: dict[str, Any] = json.loads(run.made.read_bytes()) if run.made.is_file() else {}
+    made = read_made(run.made) if run.made.exists() else {}
     folders: dict[Precision, Path] = {each: run.artefacts / each for each in wanted}
     for precision, target in folders.items():
         if not target.is_dir() or made.get(precision) != [master, _root(target)]:

@@ -10,9 +10,8 @@ Then it ends everything: more evidence could not change a refusal. Where the pol
 precision out, it ends what it refuses, and the coarser ones go on.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 from release_guard import __version__
@@ -61,36 +60,10 @@ from release_guard.search import (
     retuned,
     smaller,
 )
+from release_guard.session import Session
 from release_guard.statistics import best_score, breached, confirm, flagged
 from release_guard.subject import Subject
 from release_guard.usefulness import counted, expected, shortfall
-
-Progress = Callable[[str, int, int, str], None]
-"""Phase, steps done, steps in all, and a line worth showing."""
-
-
-@dataclass(frozen=True)
-class Session:
-    """What a run takes from its surroundings.
-
-    Attributes:
-        workers: How many trials run at once.
-        progress: Told about every step.
-        now: The clock.
-        environment: Hardware and versions, for the record.
-        engine: Where trials run.
-    """
-
-    workers: int
-    progress: Progress
-    now: Callable[[], datetime]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    engine: Spec = field(default_factory=lambda: Spec(name="local"))
-
-    def build_engine(self) -> Engine:
-        """The engine, for that many trials at once; to be opened by who needs it."""
-        engine = Spec(name=self.engine.name, workers=self.workers, **self.engine.options)
-        return Engine.build(engine, where="engine")
 
 
 class Breached(Exception):  # noqa: N818  not an error: the one early way out

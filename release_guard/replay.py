@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from release_guard import SUITE
 from release_guard.engines import Job
 from release_guard.errors import IntegrityError, PolicyError
-from release_guard.evidence import SUITE, Evidence, Outcome, Point, Record
+from release_guard.evidence import Evidence, Outcome, Point, Record
 from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
 from release_guard.modalities import Modality
 from release_guard.phases import Folders, Ground
 from release_guard.policy import HUB_PREFIX, Policy, Precision
-from release_guard.preflight import local_folder
-from release_guard.redteam import Session
+from release_guard.session import Session
+from release_guard.sources import local_folder
 
 _SHOWN = 5
 

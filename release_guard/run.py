@@ -10,6 +10,7 @@ DIR/artefacts.json what they were written from
 DIR/sham/          a model moved as far to no purpose, where the policy asks for one
 DIR/stages.json, DIR/evidence.jsonl, DIR/report.html
 DIR/release/       the upload set, nothing else
+DIR/release.state.json  the journal of pushes
 DIR/../trials.jsonl  the ledger, shared by all runs in that folder
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from release_guard.errors import PolicyError, ReleaseGuardError
+from release_guard.strict_json import loads
 
 _JOURNAL = "run.json"
 
@@ -43,7 +45,7 @@ class Run:
         """
         run = cls(directory)
         try:
-            known = json.loads(run.journal.read_text())
+            known = read_made(run.journal)
         except FileNotFoundError:
             if directory.exists() and any(directory.iterdir()):
                 raise PolicyError(
@@ -52,8 +54,6 @@ class Run:
                 ) from None
             run.write(_JOURNAL, json.dumps(about, indent=2, sort_keys=True).encode())
             return run
-        except ValueError:
-            raise PolicyError(f"{run.journal}: damaged; choose another --output") from None
         if different := sorted(key for key in about if known.get(key) != about[key]):
             raise PolicyError(
                 f"{directory}: belongs to another run ({', '.join(different)} differ); "
@@ -112,6 +112,7 @@ class Run:
         """A folder that only its owner may read."""
         folder = self.directory / "private"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)  # also one that somebody made before
         return folder
 
     def checkpoints(self, place: int, name: str) -> Path:
@@ -127,6 +128,24 @@ class Run:
             partial = self.directory / f"{name}.partial"
             partial.write_bytes(content)
             partial.replace(self.directory / name)
+
+
+def read_made(path: Path) -> dict[str, Any]:
+    """A JSON object that a run wrote.
+
+    Raises:
+        FileNotFoundError: It was not written yet.
+        PolicyError: It is damaged, or cannot be read.
+    """
+    try:
+        found = loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise PolicyError(f"{path}: damaged; choose another --output")
+    return found
 
 
 @contextmanager

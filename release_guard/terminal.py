@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from release_guard.credentials import masked
+from release_guard.errors import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+PROGRAM = "release-guard"
 SCHEMA_VERSION = 1  # of the documents that --json prints
 _PATIENCE = 5  # seconds
 _QUIET_SECONDS = 30  # between two log lines of a phase
@@ -51,32 +55,44 @@ class Terminal:
         if self.as_json:
             self._print_document(document)
         elif text:
-            click.echo(text, color=_colours(sys.stdout))
+            click.echo(_lines(text), color=_colours(sys.stdout))
 
     def say(self, text: str) -> None:
         """Something for people; never data."""
         if not (self.quiet or self.follows):
-            self._to_stderr(text)
+            self._to_stderr(_lines(text))
 
     def warn(self, line: str) -> None:
         """Something that does not stop the command but must not be missed."""
         self.warnings.append(line)
         if self.follows:
             return
-        self._to_stderr(f"{click.style('warning:', fg='yellow')} {line}")
+        self._to_stderr(f"{click.style('warning:', fg='yellow')} {_shown(line)}")
 
-    def fail(self, lines: Sequence[str], exit_code: int) -> int:
+    def confirms(self, question: str) -> bool:
+        """Ask, where somebody is there to answer; nobody's silence is a yes."""
+        self.close()
+        there = sys.stdin.isatty() and sys.stderr.isatty()
+        if not there or self.as_json or self.quiet or self.follows:
+            return False
+        return click.confirm(question, default=False, err=True)
+
+    def fail(
+        self, lines: Sequence[str], exit_code: int, document: Mapping[str, Any] | None = None
+    ) -> int:
         """Say why it ends here, one line each, and give the exit code back.
 
-        Where another process speaks, it has time to say the same and to end them all.
+        Where another process speaks, it has time to say the same and to end them all. What is
+        known beside the lines goes into the document.
         """
         self.close()
         if self.follows:
             time.sleep(_PATIENCE)
         for line in lines:
-            self._to_stderr(f"{click.style('error:', fg='red')} {line}")
+            self._to_stderr(f"{click.style('error:', fg='red')} {_shown(line)}")
         if self.as_json:
-            self._print_document({"exit_code": exit_code, "errors": list(lines)})
+            known = document or {}
+            self._print_document({"exit_code": exit_code, "errors": list(lines), **known})
         return exit_code
 
     def stop(self, line: str, exit_code: int) -> int:
@@ -84,7 +100,7 @@ class Terminal:
         self.close()
         if self.follows:
             return exit_code
-        self._to_stderr(line)
+        self._to_stderr(_shown(line))
         if self.as_json:
             self._print_document({"exit_code": exit_code, "errors": [line]})
         return exit_code
@@ -103,10 +119,10 @@ class Terminal:
         if self.quiet or self.follows:
             return
         if sys.stderr.isatty():
-            self._draw(self._phase, line)
+            self._draw(self._phase, _shown(line))
         if self.verbosity or not (sys.stderr.isatty() or self._phase.is_silent(now)):
             self._phase.shown = now
-            self._to_stderr(self._phase.told(line, now))
+            self._to_stderr(_shown(self._phase.told(line, now)))
 
     def close(self) -> None:
         """Leave the bars as they are and write below them."""
@@ -121,7 +137,7 @@ class Terminal:
             **document,
             "warnings": self.warnings,
         }
-        click.echo(json.dumps(whole, indent=2, ensure_ascii=False, default=str))
+        click.echo(_lines(json.dumps(whole, indent=2, ensure_ascii=False, default=str)))
 
     def _to_stderr(self, text: str) -> None:
         if self._bars is not None:
@@ -170,6 +186,15 @@ class _Phase:
         if self.done <= self.first or self.done == self.total:
             return None
         return (now - self.started) / (self.done - self.first) * (self.total - self.done)
+
+
+def _shown(line: str) -> str:
+    """Without what a terminal would obey, and without secrets; in JSON an escape stays one."""
+    return printable(masked(line, os.environ))
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(_shown, text.split("\n")))
 
 
 def _colours(stream: Any) -> bool:

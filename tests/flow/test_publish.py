@@ -20,10 +20,11 @@ from release_guard.manifest import DirectoryTree, hash_directory
 from release_guard.modalities import Modality
 from release_guard.policy import Policy
 from release_guard.preflight import Order
-from release_guard.publish import hub_id, publish
-from release_guard.redteam import Session
+from release_guard.publish import publish
 from release_guard.release import Result
+from release_guard.session import Session
 from release_guard.signers.key import Key, generate_key
+from release_guard.sources import hub_id
 from release_guard.verify import Trust, require_intact, verify
 
 REPO = "acme/gratings"

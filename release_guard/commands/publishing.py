@@ -1,0 +1,310 @@
+"""From a model to a release, or part of the way."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import click
+
+from release_guard.commands.options import (
+    as_is_option,
+    base_option,
+    common,
+    engine_options,
+    maybe_policy_option,
+    output_option,
+    policy_option,
+    workers_option,
+)
+from release_guard.commands.shared import (
+    REFUSED,
+    agreement,
+    default_run,
+    load_policy,
+    need_torch,
+    now,
+    open_session,
+    step_summary,
+)
+from release_guard.errors import PolicyError
+from release_guard.terminal import Terminal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from release_guard.changes import Changes
+    from release_guard.deliver import Packed, Published
+    from release_guard.plugins import Spec
+    from release_guard.policy import Policy
+
+_ONE_OF_TWO = "give SOURCE and --policy, or --candidate and --expect-root and neither of those"
+
+
+@click.command()
+@click.argument("source", required=False)
+@maybe_policy_option
+@click.option("--repo", required=True, metavar="OWNER/NAME", help="Where, on the policy's hub.")
+@output_option
+@click.option("--dry-run", is_flag=True, help="Stop before anything is signed or sent.")
+@click.option(
+    "--stop-after",
+    type=click.Choice(["pack"]),
+    help="Leave signing and sending to a later --candidate; needs no credential.",
+)
+@click.option(
+    "--candidate",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Instead of SOURCE: what --stop-after pack left. Judged again, signed, sent.",
+)
+@click.option("--expect-root", metavar="HEX", help="Payload root that the candidate must have.")
+@click.option(
+    "--expect-policy", metavar="HEX", help="SHA-256 of the policy that it must have been judged by."
+)
+@click.option("--tag", metavar="NAME", help="Tag for the pushed revision, such as v1.0.")
+@click.option("--yes", is_flag=True, help="Delete files there that no signed release put there.")
+@as_is_option
+@base_option
+@workers_option
+@engine_options
+@common
+@click.pass_obj
+def publish(  # noqa: PLR0913  click hands over one argument an option
+    terminal: Terminal,
+    /,
+    *,
+    source: str | None,
+    policy_path: Path | None,
+    repo: str,
+    output: Path | None,
+    dry_run: bool,
+    stop_after: str | None,
+    candidate: Path | None,
+    expect_root: str | None,
+    expect_policy: str | None,
+    tag: str | None,
+    yes: bool,
+    as_is: bool,
+    base: str | None,
+    workers: int,
+    **where: Any,
+) -> int:
+    """Immunize SOURCE, attack it, and push it to OWNER/NAME if the policy's gate lets it.
+
+    SOURCE is a folder, or OWNER/NAME@REVISION of the Hugging Face Hub.
+    """
+    from release_guard.hubs import require_repo_id, require_tag  # noqa: PLC0415
+
+    require_repo_id(repo)
+    if tag is not None:
+        require_tag(tag)
+    agree = agreement(terminal, yes=yes)
+    if candidate is not None:
+        from release_guard.deliver import open_candidate  # noqa: PLC0415
+
+        _require_alone(source, stop_after, base, expect_root, dry_run=dry_run, as_is=as_is)
+        packed = open_candidate(candidate, root=expect_root, policy_digest=expect_policy)
+        return _publish_candidate(terminal, packed, repo, tag, agree)
+    if source is None or policy_path is None or expect_root or expect_policy:
+        raise click.UsageError(_ONE_OF_TWO)
+    policy = load_policy(policy_path)
+    from release_guard import publish as flow  # noqa: PLC0415
+    from release_guard.preflight import Order  # noqa: PLC0415
+
+    pack_only = stop_after is not None
+    order = Order(source, repo, policy, base, as_is, dry_run, pack_only, tag)
+    session = open_session(terminal, workers, **where)
+    published = flow.publish(order, output or default_run(repo, source), session, agree)
+    return _tell(terminal, published, repo, dry_run=dry_run)
+
+
+def _require_alone(*others: object, **switches: bool) -> None:
+    *unwanted, root = others
+    if root is None or any(unwanted) or any(switches.values()):
+        raise click.UsageError(_ONE_OF_TWO)
+
+
+def _publish_candidate(
+    terminal: Terminal,
+    packed: "Packed",
+    repo: str,
+    tag: str | None,
+    agree: "Callable[[Changes], None]",
+) -> int:
+    from release_guard.deliver import (  # noqa: PLC0415
+        Delivery,
+        Published,
+        deliver,
+    )
+    from release_guard.hubs import Hub  # noqa: PLC0415
+    from release_guard.signers import Signer  # noqa: PLC0415
+
+    if not packed.candidate.verdict.passed:
+        return _tell(terminal, Published(packed), repo)
+    policy = packed.policy
+    _require_known_endpoint(policy)
+    hub = Hub.build(policy.hub, where="hub")
+    signer = Signer.build(_without_files(policy.signer), where="signer")
+    signer.check()
+    head = hub.preflight(repo)
+    delivery = Delivery(repo, hub, signer, head, terminal.progress, now, agree, tag)
+    return _tell(terminal, deliver(packed, delivery), repo)
+
+
+def _without_files(signer: "Spec") -> "Spec":
+    """Key files lie where the candidate was packed, if anywhere: here the environment names one.
+
+    The card says whose key it was packed for, so another one is refused.
+    """
+    return type(signer)(name="key") if signer.name == "key" else signer
+
+
+def _require_known_endpoint(policy: "Policy") -> None:
+    """Whoever packed a candidate worked on models: where our token goes is not theirs to say."""
+    endpoint = policy.hub.options.get("endpoint")
+    here = urlsplit(str(endpoint)).hostname in {"127.0.0.1", "::1", "localhost"}
+    if endpoint is not None and not here and endpoint != os.environ.get("HF_ENDPOINT"):
+        raise PolicyError(
+            f"the candidate's policy sends it to {endpoint}; if a token may go there, set "
+            "HF_ENDPOINT to exactly that address"
+        )
+
+
+def _tell(terminal: Terminal, done: "Published", repo: str, *, dry_run: bool = False) -> int:
+    """What came of it, for people, for machines, for the page of a workflow's run."""
+    from release_guard import outcome  # noqa: PLC0415
+
+    packed, receipt = done.packed, done.receipt
+    verdict, folder = packed.candidate.verdict, packed.candidate.directory
+    report = folder.with_name("report.html")
+    if not report.is_file():  # packed elsewhere
+        report = folder / ".release-guard" / "report.html"
+    for line in (*outcome.verdict_lines(verdict, packed.policy), f"report: {report}"):
+        terminal.say(line)
+    if dry_run and done.changes is not None:
+        terminal.say("\n".join(outcome.changes_lines(done.changes)))
+    for line in outcome.published_lines(packed, repo, receipt, dry_run=dry_run):
+        terminal.say(line)
+    document = {
+        **outcome.verdict_document(verdict, packed.evidence),
+        **outcome.pushed_document(receipt),
+        **outcome.changes_document(done.changes),
+        "repo": repo,
+        "dry_run": dry_run,
+        "report": str(report),
+        "release": str(folder),
+        "payload_root": packed.candidate.payload.root,
+    }
+    step_summary(terminal, verdict, packed.evidence, packed.policy)
+    terminal.data(receipt.url if receipt else "", document)
+    return 0 if verdict.passed else REFUSED
+
+
+@click.command()
+@click.argument("source")
+@policy_option
+@output_option
+@workers_option
+@common
+@click.pass_obj
+def immunize(
+    terminal: Terminal, *, source: str, policy_path: Path, output: Path | None, workers: int
+) -> int:
+    """Apply the policy's stages to SOURCE; `publish` with the same --output goes on from there.
+
+    A large model is shared among processes by
+    `torchrun --nproc-per-node N -m release_guard immunize ...`, whose exit code is torchrun's.
+    """
+    need_torch()
+    from release_guard import shards  # noqa: PLC0415
+
+    with shards.group():
+        terminal.follows = not shards.leads()
+        policy = load_policy(policy_path)
+        from release_guard import judging as flow  # noqa: PLC0415
+        from release_guard import outcome  # noqa: PLC0415
+        from release_guard.preflight import Order  # noqa: PLC0415
+
+        session = open_session(terminal, max(1, workers // shards.world()))
+        if shards.world() > 1:
+            terminal.say(f"{shards.world()} processes share the model")
+        folder = output or default_run(source, source)
+        done = flow.immunize(Order(source, source, policy), folder, session)
+    for line in outcome.immunized_lines(done.checks):
+        terminal.say(line)
+    terminal.data(str(done.folder), outcome.immunized_document(done))
+    return 0 if done.composed or terminal.follows else REFUSED
+
+
+@click.command()
+@click.argument("source")
+@policy_option
+@output_option
+@base_option
+@workers_option
+@engine_options
+@common
+@click.pass_obj
+def attack(
+    terminal: Terminal,
+    /,
+    *,
+    source: str,
+    policy_path: Path,
+    output: Path | None,
+    base: str | None,
+    workers: int,
+    **where: Any,
+) -> int:
+    """Red-team SOURCE as it is, without publishing; prints where the report lies."""
+    policy = load_policy(policy_path)
+    from release_guard import outcome  # noqa: PLC0415
+    from release_guard.judging import assess  # noqa: PLC0415
+    from release_guard.preflight import Order  # noqa: PLC0415
+
+    order = Order(source, source, policy, base, as_is=True)
+    session = open_session(terminal, workers, **where)
+    assessed = session.apart(assess, order, output or default_run(source, source, "attack-"))
+    for line in outcome.verdict_lines(assessed.verdict, policy):
+        terminal.say(line)
+    step_summary(terminal, assessed.verdict, assessed.evidence, policy)
+    document = outcome.verdict_document(assessed.verdict, assessed.evidence)
+    terminal.data(str(assessed.report), {**document, "report": str(assessed.report)})
+    return 0 if assessed.verdict.passed else REFUSED
+
+
+@click.command()
+@click.argument("source")
+@policy_option
+@output_option
+@as_is_option
+@base_option
+@workers_option
+@common
+@click.pass_obj
+def plan(  # noqa: PLR0913
+    terminal: Terminal,
+    *,
+    source: str,
+    policy_path: Path,
+    output: Path | None,
+    as_is: bool,
+    base: str | None,
+    workers: int,
+) -> None:
+    """Say what `publish SOURCE` would do: trials, steps, time and disk, at most."""
+    policy = load_policy(policy_path)
+    import torch  # noqa: PLC0415
+
+    from release_guard import outcome  # noqa: PLC0415
+    from release_guard.calibration import survey  # noqa: PLC0415
+    from release_guard.preflight import Order  # noqa: PLC0415
+
+    torch.set_num_threads(1)  # as a worker has
+    order = Order(source, "", policy, base, as_is=as_is)
+    planned = survey(order, output or default_run(source, source), open_session(terminal, workers))
+    terminal.data("\n".join(outcome.plan_lines(planned)), outcome.plan_document(planned))
+
+
+COMMANDS = (publish, immunize, attack, plan)
