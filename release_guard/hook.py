@@ -1,0 +1,129 @@
+"""The pre-push check: every ref that moves is a verified release, and brings nothing else along."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from release_guard.errors import IntegrityError, ReleaseGuardError
+from release_guard.git import Repository
+from release_guard.gittree import resolve, tree_of
+from release_guard.history import Arrival, arrivals
+from release_guard.hook_settings import Settings
+from release_guard.manifest import Tree
+from release_guard.pushed import Remote, Update
+from release_guard.verify import State, Trust, Verification, verify
+
+_SHOWN = 3  # files or commits in one message
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found about one ref.
+
+    Attributes:
+        update: The ref.
+        commit: What it would point to; empty: nothing.
+        states: As `verify` gives them.
+        problems: Why it must not be pushed, one line each; none: it may.
+        notes: What somebody may want to know of although it may be pushed.
+        exit_code: 0, or that of the gravest problem.
+    """
+
+    update: Update
+    commit: str = ""
+    states: tuple[State, ...] = ()
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    exit_code: int = 0
+
+
+def check_push(
+    remote: Remote, updates: Sequence[Update], settings: Settings, now: datetime
+) -> tuple[Checked, ...]:
+    """Check every ref of a push; a deleted one publishes nothing.
+
+    The gate is not run again: whoever is trusted here ran it before signing, and consumers do.
+
+    Raises:
+        ReleaseGuardError: Nobody is trusted here, so nothing can be verified.
+    """
+    moved = [update for update in updates if not update.deletes]
+    if not moved:
+        return tuple(map(Checked, updates))
+    trust = Trust(settings.signer([update.commit for update in moved]))
+    known = [update.before for update in updates if not update.creates]
+    check = _Check(settings.repository, trust, now, known, _tracking(remote, settings))
+    return tuple(Checked(update) if update.deletes else check.update(update) for update in updates)
+
+
+def _tracking(remote: Remote, settings: Settings) -> str | None:
+    """Name of the remote if its tracking refs tell of the very place that is pushed to.
+
+    Where fetching and pushing go to different places they tell of another one.
+    """
+    urls = settings.values.get(f"remote.{remote.name}.url", ())
+    pushed = settings.values.get(f"remote.{remote.name}.pushurl", ())
+    return remote.name if {*urls, *pushed} == {remote.url} else None
+
+
+@dataclass(frozen=True)
+class _Check:
+    repository: Repository
+    trust: Trust
+    now: datetime
+    known: Sequence[str]
+    tracking: str | None
+    seen: dict[str, Verification | IntegrityError] = field(default_factory=dict)
+
+    def update(self, update: Update) -> Checked:
+        """One ref: its own commit first, then what comes along with it."""
+        try:
+            commit = resolve(self.repository, update.commit)
+            found = self._verified(commit)
+            if found.exit_code:
+                problems = tuple(f"{each.state}: {each.message}" for each in found.findings)
+                return Checked(update, commit, found.states, problems, (), found.exit_code)
+            problems = tuple(self._unvouched(commit))
+        except ReleaseGuardError as error:
+            lines = tuple(str(error).splitlines())
+            return Checked(update, problems=lines, exit_code=error.exit_code)
+        notes = tuple(f"documentation {finding.message}" for finding in found.findings)
+        code = IntegrityError.exit_code if problems else 0
+        return Checked(update, commit, found.states, problems, notes, code)
+
+    def _verified(self, commit: str) -> Verification:
+        if commit not in self.seen:
+            try:
+                tree: Tree = tree_of(self.repository, commit)
+                self.seen[commit] = verify(tree, self.trust, now=self.now, rejudge=False)
+            except IntegrityError as error:
+                self.seen[commit] = error
+        found = self.seen[commit]
+        if isinstance(found, IntegrityError):
+            raise found
+        return found
+
+    def _unvouched(self, tip: str) -> list[str]:
+        """Lines about files that no verified release holds: neither the newest nor their own."""
+        lost = [
+            arrival
+            for arrival in arrivals(self.repository, tip, self.known, self.tracking)
+            if not (self._vouches(tip, arrival) or self._vouches(arrival.commit, arrival))
+        ]
+        lines = [
+            f"{arrival.commit[:12]}: {arrival.name!a}: the push would publish this file, which no "
+            "verified release holds; leave the commit out (git rebase), or squash it"
+            for arrival in lost[:_SHOWN]
+        ]
+        more = len(lost) - len(lines)
+        return [*lines, f"and {more} more files like this"] if more else lines
+
+    def _vouches(self, commit: str, arrival: Arrival) -> bool:
+        try:
+            found = self._verified(commit)
+        except IntegrityError:  # that commit is no release at all
+            return False
+        signed = found.signed
+        if found.exit_code or signed is None or arrival.digest is None:
+            return False
+        return arrival.digest in signed.digests.values()
