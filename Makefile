@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo demo-nf4 smollm2 test lint bench docs format clean
+.PHONY: demo demo-nf4 smollm2 test fuzz lint bench docs format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,12 +34,26 @@ smollm2: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
+# Thousands of broken files a reader, others at every run; then, where atheris is installed, those
+# that its search for unreached code makes. FUZZ_EXAMPLES and FUZZ_SECONDS say how long.
+FUZZ_EXAMPLES ?= 2000
+FUZZ_SECONDS ?= 60
+READERS := bundle card evidence front-matter gauge head journal key-variable ledger pins policy \
+	private-key public-key resistance revision signed-files svr switching test-result
+
+fuzz: $(READY)
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q --timeout 0 tests/fuzz
+	if $(BIN)/python -c 'import atheris' 2>/dev/null; then for reader in $(READERS); do \
+		$(BIN)/python tests/fuzz/guided.py $$reader -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+	done; fi
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/zizmor --offline --quiet .github
+	$(BIN)/zizmor --offline --quiet .github action.yml workflows/release-guard.yml $(wildcard .pre-commit-hooks.yaml)
+	$(BIN)/actionlint -shellcheck= -pyflakes= .github/workflows/*.yml workflows/*.yml
 	$(BIN)/python docs/generate.py --check
 
 # What only benchmarks compare with stays out of everybody else's environment.
