@@ -36,6 +36,8 @@ NAMES = (
     "concept_suppression",
     "quantizers",
     "quantization",
+    "hashing",
+    "hook",
 )
 _QUIET = 0.1  # share of the cores; above it the machine counts as shared
 

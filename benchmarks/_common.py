@@ -18,7 +18,7 @@ import psutil
 
 from release_guard.demo import example_folder, train
 from release_guard.policy import Policy
-from release_guard.redteam import Session
+from release_guard.session import Session
 from release_guard.signers.key import generate_key
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks._common import demo_model, demo_policy, machine, record, session, table
+from release_guard.deliver import Published
 from release_guard.errors import ReleaseGuardError
 from release_guard.policy import Policy
 from release_guard.preflight import Order
-from release_guard.publish import Published, publish
+from release_guard.publish import publish
 from release_guard.release import Interval
 from release_guard.statistics import retained_loss
 

@@ -40,8 +40,9 @@ from release_guard.modalities import Modality
 from release_guard.phases import MIDPOINT, Folders, Ground
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy
-from release_guard.redteam import Session, red_team
+from release_guard.redteam import red_team
 from release_guard.search import listed
+from release_guard.session import Session
 from release_guard.subject import Subject
 
 TITLE = "Engines"

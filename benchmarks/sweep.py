@@ -27,9 +27,9 @@ from benchmarks._common import (
     table,
 )
 from release_guard.evidence import Evidence
+from release_guard.judging import assess
 from release_guard.policy import Budget, Policy
 from release_guard.preflight import Order
-from release_guard.publish import assess
 
 TITLE = "Red team"
 REFUSALS, _REFUSED = 3, 3
