@@ -20,12 +20,13 @@ from pydantic.fields import FieldInfo
 
 from release_guard import policy
 from release_guard.attacks import Attack
-from release_guard.cli import PROGRAM, cli
+from release_guard.cli import cli
 from release_guard.hubs import Hub
 from release_guard.modalities import Modality
 from release_guard.plugins import Plugin
 from release_guard.signers import Signer
 from release_guard.stages import Stage
+from release_guard.terminal import PROGRAM
 
 HERE = Path(__file__).parent
 _TABLES: tuple[tuple[str, type[BaseModel]], ...] = (

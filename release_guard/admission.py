@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from release_guard.evidence import SUITE, Evidence, Trial
+from release_guard import SUITE
+from release_guard.evidence import Evidence, Trial
 from release_guard.policy import MergeTarget, Policy, Target
 from release_guard.release import Check, Result
 from release_guard.sweep import finished

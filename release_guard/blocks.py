@@ -1,7 +1,6 @@
 """The text of a model card, block by block, and the summary of a run; all of it generated."""
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 
 from release_guard import artefact_table, figures, wording
@@ -10,6 +9,7 @@ from release_guard.draws import draws
 from release_guard.evidence import Arm, Evidence
 from release_guard.figures import Effort, Utility
 from release_guard.manifest import EVIDENCE_FOLDER, SIGNATURE, Manifest
+from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.release import Check, Result, Verdict
 from release_guard.standing import mean_share, standing
@@ -211,18 +211,32 @@ def not_tested(verdict: Verdict) -> str:
     return "### Not tested\n\n" + "\n".join(items) + "\n"
 
 
-def verify(verdict: Verdict, target: str, fingerprint: str) -> str:
+def verify(verdict: Verdict, policy: Policy, target: str, fingerprint: str) -> str:
     """How to check it, and where the evidence lies."""
     if not verdict.passed:
         return "### Verify\n\nNot signed: only a model that passed its gate is.\n"
     return (
         "### Verify\n\n"
-        "Get the public key from the publisher, never from this repository, and compare its "
-        f"fingerprint: {_code(fingerprint)}\n\n"
-        f"```\nrelease-guard verify {shlex.quote(target)} --key key.pub\n```\n\n"
+        f"{_signed_by(policy.signer, fingerprint)}\n\n"
+        f"```\n{wording.verify_command(target, policy.signer, 'key.pub')}\n```\n\n"
         f"Signed are all files ({_code(SIGNATURE)}) and what was found: {_file('evidence.jsonl')}, "
         f"{_file('report.html')}, {_file('policy.toml')}, {_file('resistance.sigstore.json')}, "
         f"{_file('test-result.sigstore.json')} and {_file('svr.sigstore.json')}.\n"
+    )
+
+
+def _signed_by(signer: Spec, fingerprint: str) -> str:
+    """What a consumer has to know of the signer, and must not believe this repository."""
+    if (issuer := signer.options.get("issuer")) is None:
+        return (
+            "Get the public key from the publisher, never from this repository, and compare its "
+            f"fingerprint: {_code(fingerprint)}"
+        )
+    return (
+        f"Signed without a key, by the identity {_code(str(signer.options['identity']))} of the "
+        f"issuer {_code(str(issuer))}. Compare both with what the publisher says elsewhere, never "
+        "with this repository alone. Verifying asks no server, and needs "
+        "`pip install 'model-release-guard[sigstore]'`:"
     )
 
 

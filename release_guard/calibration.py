@@ -24,14 +24,14 @@ from release_guard.preflight import (
     check_relatives,
     check_stage_kinds,
     check_stages,
-    local_folder,
     public_ancestor,
 )
 from release_guard.priors import fitting
 from release_guard.quantization import at
-from release_guard.redteam import Session
 from release_guard.run import Run
 from release_guard.search import best_of_each_family, listed, pool
+from release_guard.session import Session
+from release_guard.sources import local_folder
 
 if TYPE_CHECKING:
     from release_guard.modalities import ModelHandle
@@ -48,7 +48,7 @@ def survey(order: Order, output: Path, session: Session) -> Plan:
         ModelError: A model or its data cannot be used, or an attack fails at once.
         PolicyError: What is ordered contradicts itself, or what the policy lists.
     """
-    check_order(order)
+    check_order(order, output)
     policy = order.policy
     source = local_folder(order.source)
     undefended = local_folder(order.base) if order.base else source

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from release_guard import blocks, front_matter
-from release_guard.errors import ModelError, PolicyError
+from release_guard.errors import ModelError, PolicyError, brief
 from release_guard.evidence import Evidence
 from release_guard.manifest import EVIDENCE_FOLDER, Manifest
 from release_guard.policy import Policy
@@ -14,6 +15,7 @@ from release_guard.release import Verdict
 FORBIDDEN = ("safe", "immune", "tamper-proof", "certified", "guaranteed", "unbreakable")
 TAG = "release-guard"
 
+_BLOCKS = ("facts", "results", "not-tested", "verify", "limits")
 _MARKER = re.compile(r"<!-- release-guard:(begin|end) (\S+) -->")
 _WORDS = re.compile(rf"\b({'|'.join(FORBIDDEN)})\b", re.IGNORECASE)
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
@@ -26,7 +28,7 @@ class Publication:
     Attributes:
         name: Title of a card that has to be begun.
         target: What `verify` is called with: `hf://OWNER/NAME` or a folder.
-        fingerprint: Of the public key, or the identity, that signs.
+        fingerprint: Of the public key, if one signs; an identity stands in the policy.
         base_model: Hub id of the undefended model, if it has one.
         license: Licence identifier of the model, if known.
         payload: The files that make up the model; none: the card lists no artefacts.
@@ -59,19 +61,17 @@ def card(
     if publication.payload is not None:
         files, target = publication.payload, publication.target
         facts += blocks.artefacts(evidence, verdict, policy, files, target)
-    texts = {
-        "facts": facts,
-        "results": blocks.results(evidence, verdict, policy),
-        "not-tested": blocks.not_tested(verdict),
-        "verify": blocks.verify(verdict, publication.target, publication.fingerprint),
-        "limits": blocks.limits(verdict, policy),
-    }
+    written = (
+        facts,
+        blocks.results(evidence, verdict, policy),
+        blocks.not_tested(verdict),
+        blocks.verify(verdict, policy, publication.target, publication.fingerprint),
+        blocks.limits(verdict, policy),
+    )
+    texts = dict(zip(_BLOCKS, written, strict=True))
     for block in texts.values():
         lint(block)
-    if existing is None:
-        document = _new(publication, texts)
-    else:
-        document = _merged(existing.removeprefix("\ufeff").replace("\r\n", "\n"), texts)
+    document = _new(publication, texts) if existing is None else _merged(_plain(existing), texts)
     values: dict[str, object] = {
         "release_guard": {
             "policy": f"sha256:{evidence.policy}",
@@ -84,6 +84,33 @@ def card(
     if existing is None and publication.license is not None:
         values["license"] = publication.license
     return front_matter.edit(document, values=values, tag=TAG)
+
+
+def check(folder: Path) -> None:
+    """Refuse a README that cannot become the card, before anything is spent.
+
+    Raises:
+        ModelError: It is no text, or there is no place in it for our blocks and metadata.
+    """
+    if (existing := beside(folder)) is not None:
+        merged = _merged(_plain(existing), dict.fromkeys(_BLOCKS, ""))
+        front_matter.edit(merged, values={"release_guard": {"verdict": "PASS"}}, tag=TAG)
+
+
+def beside(folder: Path) -> str | None:
+    """The card that lies beside a model, if there is one.
+
+    Raises:
+        ModelError: It cannot be read as text.
+    """
+    try:
+        return (folder / "README.md").read_bytes().decode()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"README.md: cannot be read as UTF-8 text ({brief(error)}); save it as that"
+        ) from None
 
 
 def lint(text: str) -> None:
@@ -112,6 +139,10 @@ def _new(publication: Publication, texts: Mapping[str, str]) -> str:
         *(_marked(name, text) for name, text in texts.items() if name != "limits"),
     ]
     return "\n".join(parts)
+
+
+def _plain(existing: str) -> str:
+    return existing.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def _merged(document: str, texts: Mapping[str, str]) -> str:

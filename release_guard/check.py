@@ -1,14 +1,15 @@
 """What can be wrong with a policy beyond its form: plug-in options, files that are not there."""
 
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from release_guard.errors import PolicyError
+from release_guard.errors import PolicyError, printable
 from release_guard.hubs import Hub
 from release_guard.plugins import Plugin, Spec
 from release_guard.policy import HUB_PREFIX, Policy
 from release_guard.signers import Signer
+from release_guard.sources import named_in
 
 
 def problems(policy: Policy) -> list[str]:
@@ -52,19 +53,7 @@ def _heavy(policy: Policy) -> Iterator[tuple[type[Plugin], Spec, str]]:
 
 
 def _missing_files(policy: Policy) -> Iterator[str]:
-    for key, source in _sources(policy):
-        if not source.startswith(HUB_PREFIX) and not Path(source).exists():
-            yield f"{key}: {source} is not there; give a file, a folder or {HUB_PREFIX}..."
-
-
-def _sources(policy: Policy) -> Iterator[tuple[str, str]]:
-    yield "retain.dataset", policy.retain.dataset
-    for group, targets in (("concepts", policy.concepts), ("merge_targets", policy.merge_targets)):
-        for place, target in enumerate(targets):
-            for key in ("dataset", "scored_on", "donor", "base", "donor_dataset"):
-                if source := getattr(target, key, None):
-                    yield f"{group}[{place}].{key}", source
-    if policy.red_team.never_knew not in {"fresh", "unavailable"}:
-        yield "red_team.never_knew", policy.red_team.never_knew
-    if policy.red_team.ancestor not in {None, "undefended"}:
-        yield "red_team.ancestor", str(policy.red_team.ancestor)
+    for key, source in named_in(policy):
+        if not source.startswith(HUB_PREFIX) and not os.path.exists(source):  # noqa: PTH110
+            where = printable(source)  # Path.exists raises where a name is too long to be one
+            yield f"{key}: {where} is not there; give a file, a folder or {HUB_PREFIX}..."

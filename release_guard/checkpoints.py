@@ -14,7 +14,11 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -26,6 +30,10 @@ from release_guard.policy import HUB_PREFIX, Precision
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_UNLOADABLE = (  # what libraries raise of configurations that make no sense
+    *(OSError, ValueError, RuntimeError, LookupError, ImportError),
+    *(StrictDataclassError, TypeError, AttributeError, ArithmeticError, AssertionError),
+)
 _INDEX = "model_index.json"  # of diffusers, beside the folders
 
 
@@ -99,7 +107,7 @@ def load(
                 output_loading_info=True,
                 **_place(artefact),
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except _UNLOADABLE as error:
         reason = brief(error)
         raise ModelError(f"{source}: cannot be loaded as {name}: {reason}") from error
     if module.config._attn_implementation != attention:  # a wish in the file wins over ours
@@ -258,7 +266,8 @@ def _architecture(
     source: str, config: dict[str, Any], allowed: Iterable[Any], modality: str
 ) -> str:
     """The class of the model, if it is one of those allowed."""
-    found = [str(name) for name in config.get("architectures") or ["nothing"]]
+    listed = config.get("architectures") or ["nothing"]
+    found = [str(name) for name in listed] if isinstance(listed, list) else [str(listed)]
     names = {name for entry in allowed for name in ([entry] if isinstance(entry, str) else entry)}
     if found[0] not in names:
         known = (name for name in sorted(names) if name.startswith(("Llama", "ViT")))
@@ -276,8 +285,8 @@ def read_json(source: str, path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: {path.name} cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{source}: {path.name} cannot be read: {brief(error)}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{source}: {path.name} is not a JSON object; fetch the model again")
     return content
@@ -297,7 +306,7 @@ def check_weights(source: str, folder: Path, *, index: str) -> None:
     names = {path.name for path in folder.iterdir()}
     wanted = {name for name in names if name.endswith(".safetensors")}
     if index in names:
-        wanted = set(read_json(source, folder / index).get("weight_map", {}).values())
+        wanted = _listed(source, folder / index)
     if not wanted:
         raise ModelError(f"{source}: {_no_weights(names)}")
     for name in sorted(wanted):
@@ -309,6 +318,17 @@ def check_weights(source: str, folder: Path, *, index: str) -> None:
             raise ModelError(
                 f"{source}: {name} is damaged or missing ({reason}); fetch it again"
             ) from None
+
+
+def _listed(source: str, index: Path) -> set[str]:
+    """The files of weights that an index names, all of them beside it."""
+    found = read_json(source, index).get("weight_map", {})
+    names = [str(name) for name in found.values()] if isinstance(found, dict) else [""]
+    if not all(name and Path(name).name == name for name in names):
+        raise ModelError(
+            f"{source}: {index.name} does not list the files beside it; fetch it again"
+        )
+    return set(names)
 
 
 def _no_weights(names: Iterable[str]) -> str:

@@ -1,7 +1,6 @@
 """What was tried, what came of it. One JSON line a record; the gate reads nothing else."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from release_guard import SUITE
 from release_guard.errors import IntegrityError
-from release_guard.plugins import Spec
+from release_guard.plugins import Shallow, Spec
 from release_guard.policy import Budget, Precision, Unit
-
-SUITE = "2.1"  # version of attacks, splits and rules together; part of every trial's key
+from release_guard.strict_json import canonical_json, loads
 
 SCHEMA: Literal[3] = 3  # of evidence; 1 knew no effects of stages, 2 no artefacts
 
@@ -212,7 +211,7 @@ class StageReport(_Value):
 
     name: str
     paper: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Shallow]
     measures: Mapping[str, float]
     seconds: float
     cost: Cost | None = None
@@ -308,13 +307,13 @@ class Evidence(_Value):
         parts: dict[str, list[Any]] = {"header": [], "retention": [], "record": []}
         try:
             for line in source.splitlines():
-                ((kind, value),) = json.loads(line).items()
+                ((kind, value),) = loads(line).items()
                 parts[kind].append(value)
             (header,) = parts["header"]
             return cls.model_validate(
                 {**header, "retention": parts["retention"], "records": parts["record"]}
             )
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             reason = "fields differ" if isinstance(error, ValidationError) else error
             raise IntegrityError(
                 f"evidence.jsonl: not evidence of this version ({reason})"
@@ -327,13 +326,6 @@ class Evidence(_Value):
             return cls.from_jsonl(path.read_bytes())
         except OSError as error:
             raise IntegrityError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def canonical_json(value: Any) -> bytes:
-    """Sorted keys, no spaces, no NaN, UTF-8: equal values give equal bytes."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False
-    ).encode()
 
 
 def select(

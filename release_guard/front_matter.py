@@ -13,6 +13,8 @@ import yaml  # type: ignore[import-untyped]  # ships no annotations
 from release_guard.errors import ModelError
 
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+_LONGEST = 1 << 20  # characters of YAML, and values in it
+_NO_YAML = (yaml.YAMLError, ValueError, RecursionError)  # of dates and numbers that there are not
 _PLAIN = re.compile(r"[A-Za-z][\w./-]*")
 _AMBIGUOUS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 
@@ -41,8 +43,8 @@ def edit(document: str, *, values: Mapping[str, Any], tag: str) -> str:
         edited = _with_tag(front, tag)
         for key, value in values.items():
             edited = _with_value(edited, key, _flow(value))
-        kept_all = yaml.safe_load(edited) == expected
-    except yaml.YAMLError:
+        kept_all = _values(edited) == expected
+    except (*_NO_YAML, ModelError):
         kept_all = False
     if not kept_all:
         raise ModelError(
@@ -54,14 +56,39 @@ def edit(document: str, *, values: Mapping[str, Any], tag: str) -> str:
 
 def _load(front: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(front)
-    except yaml.YAMLError as error:
+        values = _values(front)
+    except _NO_YAML as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 2})" if where else ""
         raise ModelError(f"README.md: its front matter is not YAML{line}") from None
     if not isinstance(values, dict | None):
         raise ModelError("README.md: its YAML front matter is not a mapping of keys to values")
     return values or {}
+
+
+def _values(front: str) -> Any:
+    """What the YAML says, if it is of a size: ten lines of aliases can stand for any number.
+
+    Raises:
+        ModelError: It is too large, or contains itself.
+    """
+    loader = yaml.SafeLoader(front) if len(front) <= _LONGEST else None
+    root = loader.get_single_node() if loader else None
+    if loader is None or (root and _written_out(root, {}) > _LONGEST):
+        raise ModelError("README.md: its YAML front matter is too large; shorten it")
+    return loader.construct_document(root) if root else None
+
+
+def _written_out(node: Any, sizes: dict[int, int]) -> int:
+    """How many values there are if every alias is written out; a node within itself has no end."""
+    if id(node) not in sizes:
+        sizes[id(node)] = (
+            _LONGEST + 1
+        )  # as long as it is not known: whoever meets it again is in it
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = (part for item in inner for part in (item if isinstance(item, tuple) else (item,)))
+        sizes[id(node)] = 1 + sum(_written_out(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def _with_tag(front: str, tag: str) -> str:

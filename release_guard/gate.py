@@ -23,6 +23,7 @@ from release_guard.arms import arms, searched
 from release_guard.claims import claim, not_tested
 from release_guard.composition import composition
 from release_guard.distributions import clopper_pearson
+from release_guard.errors import IntegrityError, brief
 from release_guard.evidence import Arm, Evidence, Retention
 from release_guard.policy import Policy, Precision
 from release_guard.precisions import consistent, left_out, unrun
@@ -56,6 +57,18 @@ def gate(evidence: Evidence, policy: Policy) -> Verdict:
         claim=claim(verdict, evidence, policy, both),
         not_tested=not_tested(verdict, evidence, policy, both),
     )
+
+
+def judge_again(evidence: Evidence, policy: Policy) -> Verdict:
+    """The same, of evidence that somebody else wrote.
+
+    Raises:
+        IntegrityError: It holds figures that no run ends with.
+    """
+    try:
+        return gate(evidence, policy)
+    except (ArithmeticError, LookupError, ValueError) as error:
+        raise IntegrityError(f"the evidence cannot be judged ({brief(error)})") from None
 
 
 def _unattacked(place: Place) -> Check:

@@ -68,7 +68,8 @@ class GaugeRecord(BaseModel):
     def save(self, path: Path) -> None:
         """Write it whole or not at all, for its owner's eyes."""
         partial = path.with_suffix(".partial")
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        partial.unlink(missing_ok=True)  # one that is there keeps its mode
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(self.model_dump_json(indent=1))
         partial.replace(path)
 

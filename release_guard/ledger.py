@@ -2,15 +2,13 @@
 
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from release_guard.errors import ReleaseGuardError
-from release_guard.evidence import Outcome, Trial, canonical_json
+from release_guard.evidence import Outcome, Trial
+from release_guard.strict_json import canonical_json, loads
 
 
 class Ledger:
@@ -66,17 +64,22 @@ class Ledger:
         self._entries[trial.key] = trial, outcome
 
     def _read(self, warn: Callable[[str], None]) -> None:
-        if not self.path.exists():
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
             return
-        for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
+        except OSError as error:
+            raise ReleaseGuardError(f"{self.path}: cannot be read ({error.strerror})") from None
+        for number, line in enumerate(content.splitlines(), start=1):
             try:
-                entry = json.loads(line)
+                entry = loads(line)
                 trial = Trial.model_validate(entry["trial"])
                 outcome = Outcome.model_validate(entry["outcome"])
-            except (ValueError, KeyError, TypeError, ValidationError, RecursionError):
+                found = trial.key, _digest(outcome)
+            except (ValueError, KeyError, TypeError):
                 warn(f"{self.path}:{number}: not a ledger line; skipped, that trial will run again")
                 continue
-            if (trial.key, _digest(outcome)) != (entry.get("key"), entry.get("outcome_digest")):
+            if found != (entry.get("key"), entry.get("outcome_digest")):
                 warn(
                     f"{self.path}:{number}: changed since it was written; skipped, that trial will "
                     "run again"

@@ -118,7 +118,8 @@ def _index(source: str, folder: Path) -> dict[str, Any]:
         wanted = "modality text_to_image loads StableDiffusionPipeline"
         raise ModelError(f"{source}: {found}; {wanted}; correct modality.name")
     parts = {name: value for name, value in index.items() if isinstance(value, list) and any(value)}
-    for name, (library, kind) in parts.items():
+    for name, value in parts.items():
+        library, kind = map(str, value if len(value) == 2 else ("nothing", name))  # noqa: PLR2004
         if name not in PARTS:
             reason = f"model_index.json names {name}, which attacks and releases would leave out"
             advice = f"save the pipeline again with {name}=None"

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from release_guard.evidence import Arm, Trial, canonical_json, cost_grid
+from release_guard.evidence import Arm, Trial, cost_grid
 from release_guard.phases import (
     ADAPT,
     CONFIRM,
@@ -35,6 +35,7 @@ from release_guard.search import (
     listed,
     retuned,
 )
+from release_guard.strict_json import canonical_json
 
 _CHECKPOINT_COPIES = 20  # weights, optimizer moments, simulated attackers with theirs; kept twice
 _LINE_BYTES, _POINT_BYTES = 900, 90  # of a trial in ledger and evidence

@@ -18,14 +18,16 @@ from pydantic import (
     model_validator,
 )
 
-from release_guard.errors import PolicyError
-from release_guard.plugins import Spec, advise
+from release_guard.errors import PolicyError, printable
+from release_guard.plugins import Spec, advise, excerpt
 
 Precision = Literal["fp32", "bf16", "int8", "nf4"]
 Format = Literal["fp32", "bf16", "int8", "nf4", "fp4", "q8_0", "q4_0"]
 Unit = Literal["steps", "samples", "flops", "seconds"]
 ProfileName = Literal["smoke", "quick", "standard", "strong"]
 HUB_PREFIX = "hf://"
+MAX_POLICY = 128 << 10  # bytes; the longest that ships has fifteen thousand
+_MAX_LINE = 10_000  # bytes; reading a key of n parts takes n * n steps
 
 _MERGES = ("merge", "merge_with_data")  # attacks that add one model's weights to another's
 
@@ -300,7 +302,7 @@ class Policy(_Value):
 
         Attacks are recorded as they are written, so that evidence tells of no machine's folders.
         """
-        if self._directory is None or source.startswith(HUB_PREFIX):
+        if self._directory is None or _is_on_hub(source):
             return source
         return str(self._directory / source)
 
@@ -320,14 +322,20 @@ class Policy(_Value):
     @classmethod
     def parse(cls, source: bytes, *, name: str, directory: Path | None = None) -> Self:
         """The same from bytes; without a `directory`, sources stay as they are written."""
+        if len(source) > MAX_POLICY:
+            raise PolicyError(f"{name}: larger than {MAX_POLICY >> 10} KiB; not read")
+        if len(max(source.splitlines(), key=len, default=b"")) > _MAX_LINE:
+            raise PolicyError(f"{name}: a line is longer than {_MAX_LINE:,} bytes; break it")
         try:
             table = tomllib.loads(source.decode())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise PolicyError(f"{name}: not TOML: {error}") from None
+        except RecursionError:
+            raise PolicyError(f"{name}: not TOML: nested too deep") from None
+        except ValueError as error:  # of TOML, of UTF-8, of integers that Python cannot hold
+            raise PolicyError(f"{name}: not TOML: {printable(str(error))}") from None
         try:
             policy = cls.model_validate(table)
         except ValidationError as error:
-            lines = (f"{name}: {line}" for line in _problems(error))
+            lines = (f"{name}: {printable(line)}" for line in _problems(error))
             raise PolicyError("\n".join(lines)) from None
         if directory is not None:
             policy = policy.model_validate(_resolve(table, directory.resolve()))
@@ -403,6 +411,7 @@ PROFILES: Mapping[str, Mapping[str, Any]] = {
 }
 
 _SOURCES = ("dataset", "scored_on", "donor", "base", "donor_dataset", "judge", "others")
+_KEY_FILES = {"path", "public"}
 _ARMS = {"never_knew": {"fresh", "unavailable"}, "ancestor": {"undefended"}}
 
 
@@ -410,8 +419,8 @@ def _resolve(table: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """The same table with local sources made absolute, so that handles need no current folder."""
 
     def local(key: str, value: Any) -> Any:
-        is_path = key in _SOURCES and not value.startswith(HUB_PREFIX)
-        return str(directory / value) if is_path else value
+        is_source = key in _SOURCES and isinstance(value, str)
+        return str(directory / value) if is_source and not _is_on_hub(value) else value
 
     def within(part: Mapping[str, Any]) -> dict[str, Any]:
         return {key: local(key, value) for key, value in part.items()}
@@ -425,14 +434,17 @@ def _resolve(table: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         key: str(directory / value) if _is_local_model(key, value) else value
         for key, value in table["red_team"].items()
     }
-    if (
-        path := table["hub"].get("path") if isinstance(table["hub"], Mapping) else None
-    ) is not None:
-        resolved["hub"] = {**table["hub"], "path": str(directory / path)}
+    if isinstance(hub := table["hub"], Mapping) and isinstance(path := hub.get("path"), str):
+        resolved["hub"] = {**hub, "path": str(directory / path)}
     if isinstance(signer := table.get("signer"), Mapping):
-        keys = {key: str(directory / value) for key, value in signer.items() if key != "name"}
+        files = {key: value for key, value in signer.items() if key in _KEY_FILES}
+        keys = {key: str(directory / file) for key, file in files.items() if isinstance(file, str)}
         resolved["signer"] = {**signer, **keys}
     return resolved
+
+
+def _is_on_hub(source: str) -> bool:
+    return source.startswith(HUB_PREFIX)
 
 
 def _is_merge(spec: Spec) -> bool:
@@ -440,7 +452,7 @@ def _is_merge(spec: Spec) -> bool:
 
 
 def _is_local_model(key: str, value: Any) -> bool:
-    return key in _ARMS and value not in _ARMS[key] and not value.startswith(HUB_PREFIX)
+    return key in _ARMS and value not in _ARMS[key] and not _is_on_hub(value)
 
 
 def _problems(error: ValidationError) -> Iterable[str]:
@@ -454,14 +466,14 @@ def _problems(error: ValidationError) -> Iterable[str]:
             case "missing":
                 yield f"{location}: missing; add it (see `release-guard policy schema`)"
             case "literal_error":
-                yield f"{location}: found {problem['input']!r}; {problem['msg']}"
+                yield f"{location}: found {excerpt(problem['input'])}; {problem['msg']}"
             case "value_error" if not problem["loc"]:
                 yield str(problem["msg"]).removeprefix("Value error, ")
             case "too_short" if any(_within(other["loc"], problem["loc"]) for other in problems):
                 continue  # its items are wrong, not their number
             case _:
                 message = str(problem["msg"]).removeprefix("Value error, ")
-                yield f"{location}: found {problem['input']!r}; {message}"
+                yield f"{location}: found {excerpt(problem['input'])}; {message}"
 
 
 def _within(part: tuple[int | str, ...], whole: tuple[int | str, ...]) -> bool:

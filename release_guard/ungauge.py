@@ -8,8 +8,8 @@ from pathlib import Path
 
 from release_guard.gauging import GaugeRecord, taken_back
 from release_guard.modalities import Modality
-from release_guard.preflight import local_folder
 from release_guard.run import folder_made_whole
+from release_guard.sources import local_folder
 
 
 def ungauge(source: str, private: Path, output: Path) -> GaugeRecord:

@@ -1,10 +1,15 @@
-"""Numbers in words: amounts with their units, shares, ratios and differences with their bounds."""
+"""Numbers in words: amounts with their units, shares, ratios and differences with their bounds.
 
+And the command that verifies a release, which several places tell.
+"""
+
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import get_args
 
 from release_guard.evidence import Cost
+from release_guard.plugins import Spec
 from release_guard.policy import HUB_PREFIX, Unit
 from release_guard.release import Interval, Strength
 from release_guard.statistics import Censored
@@ -138,3 +143,21 @@ def strength_table(strengths: Sequence[Strength]) -> tuple[Sequence[str], Sequen
         for row, each in zip(rows, strengths, strict=True):
             row.append("-" if each.rounding is None else amount(each.rounding))
     return head, rows
+
+
+def verify_command(target: str, signer: Spec, key: str) -> str:
+    """What to paste to verify a release.
+
+    Args:
+        target: A folder or `hf://OWNER/NAME`.
+        signer: As the policy names it; one with an `issuer` signs without a key.
+        key: Where the public key lies, if there is one.
+    """
+    trust = ["--key", key]
+    if "issuer" in signer.options:
+        trust = [
+            part
+            for name in ("identity", "issuer")
+            for part in (f"--{name}", str(signer.options[name]))
+        ]
+    return shlex.join(["release-guard", "verify", target, *trust])

@@ -1,8 +1,9 @@
 """Trials for tests of engines, and the processes that run them."""
 
 import contextlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 from pydantic import PrivateAttr
@@ -11,7 +12,7 @@ from release_guard.engines import Engine, Job, run_trial
 from release_guard.evidence import Outcome, Trial
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy
-from release_guard.redteam import Session
+from release_guard.session import Session
 
 CANARY = "4c7d-canary"
 """Stands for a credential of the process that starts an engine; no worker may know it."""
@@ -61,6 +62,9 @@ class HereSession(Session):
 
     def build_engine(self) -> Engine:
         return Here(workers=self.workers)
+
+    def apart(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return work(*arguments, self)
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:

@@ -5,6 +5,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import model_signing
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from evidence_builder import example_policy, passing_evidence
@@ -12,10 +14,11 @@ from evidence_builder import example_policy, passing_evidence
 from release_guard.attestation import EVIDENCE_FILE, POLICY_FILE, attest
 from release_guard.evidence import Evidence
 from release_guard.gate import gate
-from release_guard.manifest import DirectoryTree, hash_directory
+from release_guard.manifest import SIGNATURE, DirectoryTree, hash_directory
 from release_guard.oms import sign
 from release_guard.policy import Policy
 from release_guard.release import Candidate, Release
+from release_guard.signers import Signer
 from release_guard.signers.key import Key
 from release_guard.verify import Trust, Verification, verify
 
@@ -36,7 +39,7 @@ class Judged:
     candidate: Candidate
     policy: Policy
     evidence: Evidence
-    signer: Key
+    signer: Signer
 
     def release(self) -> Release:
         """Attest and sign."""
@@ -44,14 +47,23 @@ class Judged:
         return sign(attested, self.signer)
 
 
-def judge(folder: Path, signer: Key, *, policy: Policy | None = None, **changes: Any) -> Judged:
-    """Pack a folder and judge it; `changes` replace fields of the evidence."""
+def judge(folder: Path, signer: Signer, *, policy: Policy | None = None, **changes: Any) -> Judged:
+    """Pack a folder, each further precision in its own below, and judge it.
+
+    `changes` replace fields of the evidence.
+    """
+    policy = policy or example_policy()
     for name, content in FILES.items():
         write(folder, name, content)
+    root = hash_directory(folder).payload.root
+    others: dict[str, str] = {}
+    for precision in policy.precisions[1:]:
+        write(folder, f"{precision}/config.json", f'{{"as": "{precision}"}}\n'.encode())
+        write(folder, f"{precision}/model.safetensors", precision.encode() * 100)
+        others[precision] = hash_directory(folder / precision).payload.root
     payload = hash_directory(folder).payload
-    policy = policy or example_policy()
-    evidence = passing_evidence(policy, immunized=payload.root, **changes)
-    evidence = about(evidence, payload.root)
+    evidence = passing_evidence(policy, immunized=root, **changes)
+    evidence = about(evidence, root, **others)
     write(folder, POLICY_FILE, policy.source)
     write(folder, EVIDENCE_FILE, evidence.to_jsonl())
     write(folder, ".release-guard/report.html", b"<p>report</p>")
@@ -95,7 +107,17 @@ def write(folder: Path, name: str, content: bytes) -> Path:
     return path
 
 
-def check(folder: Path, signer: Key, policy: str | None = None, **options: Any) -> Verification:
+def check(folder: Path, signer: Signer, policy: str | None = None, **options: Any) -> Verification:
     """Verify a folder a month after it was made."""
     trust = Trust(signer, policy)
     return verify(DirectoryTree(folder), trust, **{"now": NOW, **options})
+
+
+def theirs_accepts(folder: Path, key: Key) -> bool:
+    """What the reference implementation says of a folder and its `model.sig`."""
+    config = model_signing.verifying.Config().use_elliptic_key_verifier(public_key=key.public)
+    try:
+        config.verify(folder, folder / SIGNATURE)
+    except (ValueError, InvalidSignature):
+        return False
+    return True

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, PrivateAttr
 
+from release_guard.credentials import is_secret
 from release_guard.errors import ModelError
 from release_guard.evidence import Kept, Outcome, Point, Trial
 from release_guard.plugins import Plugin, Spec
@@ -23,15 +24,17 @@ from release_guard.statistics import breached
 if TYPE_CHECKING:
     from release_guard.modalities import ModelHandle
 
+_NO_TOKEN = {
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "HF_TOKEN_PATH": os.devnull,  # else the one that `hf auth login` left is found when asked for
+}
 WORKER_ENVIRONMENT: Mapping[str, str] = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads cost a busy machine up to seven times
     "GOMP_SPINCOUNT": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
 }
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_", "ACTIONS_ID_TOKEN_", "RELEASE_GUARD_")
 DIED, OUT_OF_MEMORY = "the worker died", "out of memory"
 
 
@@ -177,10 +180,18 @@ def timed(job: Job) -> tuple[Outcome, float]:
 @contextlib.contextmanager
 def worker_environment(**more: str) -> Iterator[None]:
     """What a worker inherits: one thread, none of our credentials, and what is given here."""
+    with without_credentials(**WORKER_ENVIRONMENT, **more):
+        yield
+
+
+@contextlib.contextmanager
+def without_credentials(**more: str) -> Iterator[None]:
+    """What any process inherits that works on models: no token, no key, and what is given here."""
     before = dict(os.environ)
-    for name in [name for name in os.environ if name.startswith(SECRETS)]:
-        del os.environ[name]
-    os.environ.update(WORKER_ENVIRONMENT, **more)
+    for name, value in before.items():
+        if is_secret(name, value):
+            del os.environ[name]
+    os.environ.update(_NO_TOKEN, **more)
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from release_guard.card import Publication
 from release_guard.errors import IntegrityError, ModelError
 from release_guard.evidence import Evidence
 from release_guard.gate import gate
+from release_guard.judging import pack
 from release_guard.manifest import DirectoryTree, hash_directory
 from release_guard.modalities import Modality
 from release_guard.oms import sign
@@ -28,11 +29,11 @@ from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.preflight import Order
 from release_guard.preparation import make_artefacts
-from release_guard.publish import pack, publish
-from release_guard.redteam import Session
+from release_guard.publish import publish
 from release_guard.release import Attested, Result
 from release_guard.replay import Agreement, Request, replay
 from release_guard.run import Run
+from release_guard.session import Session
 from release_guard.signers.key import Key, generate_key
 from release_guard.verify import State, Trust, Verification, verify
 

@@ -117,11 +117,14 @@ def test_a_ray_that_goes_away_is_one_error_and_keeps_the_ledger(
     text = Path(command[3]).read_text()
     endless.write_text(text.replace('"limit" = 30', '"limit" = 1e9').replace("0.6", "0.999"))
     process = start([*command[:3], str(endless), *command[4:]], tmp_path / "a", "--engine", "ray")
-    while not workers_of(psutil.Process(process.pid)):
+    ours = psutil.Process(process.pid)
+    while not (rays := [each for judging in ours.children() for each in workers_of(judging)]):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.kill()
+    assert rays
+    for judging in ours.children():
+        for child in judging.children(recursive=True):
+            child.kill()
     _, errors = process.communicate()
 
     assert process.returncode == 1

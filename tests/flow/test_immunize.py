@@ -21,11 +21,11 @@ from release_guard.card import Publication
 from release_guard.cli import main
 from release_guard.errors import PolicyError
 from release_guard.gate import gate
+from release_guard.judging import immunize, pack
 from release_guard.manifest import hash_directory
 from release_guard.policy import Policy
 from release_guard.preflight import Order
 from release_guard.preparation import prepare
-from release_guard.publish import immunize, pack
 
 FIRST = {
     "name": "sophon",

@@ -16,14 +16,14 @@ from release_guard.calibration import survey
 from release_guard.check import problems
 from release_guard.errors import ModelError, PolicyError
 from release_guard.evidence import Record
+from release_guard.judging import Assessed, assess
 from release_guard.modalities import ModelHandle
 from release_guard.policy import Policy
 from release_guard.preflight import Order
 from release_guard.preparation import prepare
-from release_guard.publish import Assessed, assess
-from release_guard.redteam import Session
 from release_guard.release import Result, Verdict
 from release_guard.replay import Agreement, Request, replay
+from release_guard.session import Session
 
 PLAIN = [
     {"name": "merge", "method": method, "weight": 0.5, "donor_weight": 0.5, "head": "merged"}

@@ -16,7 +16,7 @@ from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.preflight import Order
 from release_guard.preparation import prepare
-from release_guard.redteam import Session
+from release_guard.session import Session
 
 Policies = Callable[..., Policy]
 

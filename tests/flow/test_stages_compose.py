@@ -9,10 +9,10 @@ import pico
 import pytest
 from engine_jobs import HereSession
 
+from release_guard.judging import Immunized, immunize
 from release_guard.modalities import ModelHandle
 from release_guard.policy import Policy
 from release_guard.preflight import Order
-from release_guard.publish import Immunized, immunize
 from release_guard.release import Result
 
 SOPHON = {
@@ -27,6 +27,9 @@ SOPHON = {
     "probe_every": 20,
     "probed": 200,
 }
+# The gauge is a secret drawn anew each time, and attacks go otherwise in another: beginning anew
+# left 0.13 to 0.52 of the effect, beginning from it 1.03 to 1.35.
+KEPT = 0.8
 MERGE_GUARD = {"name": "merge_guard", "train_steps": 2, "lr": 1e-5, "batch": 32}
 SUPPRESSION = {
     "name": "concept_suppression",
@@ -96,11 +99,12 @@ def test_merge_guard_keeps_sophon_unless_it_begins_from_the_public_base(
         retain={"margin": 0.9},
         merge_targets=[merged],
         stages=[SOPHON, {**MERGE_GUARD, **options}],
+        gate={"stage_effect_kept": KEPT},
     )
     done = immunized(classifier_folder, policy, tmp_path)
     before, after = (effect.value or 0 for effect in done.stages[0].effects)
     assert before > 0
-    assert (after >= before / 2) == (result is Result.PASS)
+    assert (after >= KEPT * before) == (result is Result.PASS)
     first, second = done.checks
     assert first.result is result, first.detail
     assert second.name == "stages/1-merge_guard"

@@ -16,12 +16,12 @@ from release_guard.cli import main
 from release_guard.errors import IntegrityError
 from release_guard.gate import gate
 from release_guard.gauging import FILE
+from release_guard.judging import pack
 from release_guard.manifest import hash_directory
 from release_guard.modalities import ModelHandle
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
 from release_guard.preflight import Order
-from release_guard.publish import pack
 from release_guard.run import Run
 from release_guard.stages import Stage
 

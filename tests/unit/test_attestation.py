@@ -13,6 +13,7 @@ from rich_evidence import HIDDEN, WEAK, rich_evidence, rich_policy
 
 from release_guard.attestation import (
     EVIDENCE_FILE,
+    KEY_FILE,
     POLICY_FILE,
     PREDICATE_TYPES,
     attest,
@@ -408,12 +409,13 @@ def test_an_arm_that_nobody_had_has_no_budget_to_breach() -> None:
     assert resistance["sigma"] == []
 
 
-def test_attesting_writes_three_bundles_and_nothing_else(tmp_path: Path, key: Key) -> None:
+def test_attesting_writes_three_bundles_the_key_and_nothing_else(tmp_path: Path, key: Key) -> None:
     judged = judge(tmp_path / "model", key)
     before = {path for path in (tmp_path / "model").rglob("*") if path.is_file()}
     attested = attest(judged.candidate, judged.policy, judged.evidence, key)
     after = {path for path in (tmp_path / "model").rglob("*") if path.is_file()}
-    names = {bundle_name(kind) for kind in PREDICATE_TYPES}
+    names = {KEY_FILE, *(bundle_name(kind) for kind in PREDICATE_TYPES)}
+    assert (tmp_path / "model" / KEY_FILE).read_bytes() == key.public_key
     assert {path.relative_to(tmp_path / "model").as_posix() for path in after - before} == names
     read = {
         kind: key.verify((tmp_path / "model" / bundle_name(kind)).read_bytes())

@@ -18,6 +18,7 @@ from release_guard.card import FORBIDDEN, Publication, card, lint
 from release_guard.errors import ModelError, PolicyError
 from release_guard.evidence import Evidence
 from release_guard.gate import gate
+from release_guard.plugins import Spec
 from release_guard.release import Check, Interval, Result, Strength, Verdict
 from release_guard.report import render
 
@@ -143,6 +144,19 @@ def test_names_and_commands_in_code_are_no_promise():
     assert "hf://safe/guaranteed" in made(target="hf://safe/guaranteed")
     with pytest.raises(PolicyError):
         lint("`code` safe `code`")
+
+
+def test_a_release_without_a_key_names_identity_and_issuer():
+    identity = "https://github.com/acme/shoes/.github/workflows/release.yml@refs/heads/main"
+    issuer = "https://token.actions.githubusercontent.com"
+    signer = Spec(name="sigstore", identity=identity, issuer=issuer)
+    policy = POLICY.model_copy(update={"signer": signer})
+    text = card(None, few_trials(), PASSED, policy, PUBLICATION)
+    assert f"by the identity `{identity}` of the issuer `{issuer}`." in text
+    command = f"release-guard verify hf://acme/shoes --identity {identity} --issuer {issuer}"
+    assert f"```\n{command}\n```" in text
+    assert PUBLICATION.fingerprint not in text
+    assert "--key" not in text
 
 
 def test_the_publishers_own_words_are_not_judged():

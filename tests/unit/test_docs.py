@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 import pytest
 
-from release_guard.cli import PROGRAM, cli
+from release_guard.cli import cli
+from release_guard.terminal import PROGRAM
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")])

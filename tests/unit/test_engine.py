@@ -64,6 +64,7 @@ def test_workers_start_without_credentials(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("HF_TOKEN", "canary")
     monkeypatch.setenv("RELEASE_GUARD_KEY_PASSWORD", "canary")
     monkeypatch.setenv("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "canary")
+    monkeypatch.setenv("SIGSTORE_ID_TOKEN", "canary")
     with worker_environment(MORE="this"):
         assert "canary" not in os.environ.values()
         assert os.environ["OMP_NUM_THREADS"] == "1"

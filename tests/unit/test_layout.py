@@ -1,5 +1,6 @@
 """Where precisions lie in a release, what is left out, and what must not lie there."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,16 @@ from typing import Any
 import independent_verifier
 import pytest
 from evidence_builder import example_policy, passing_evidence, retention
-from judged import NOW, about, check, fixed_key, write
+from judged import NOW, about, check, fixed_key, theirs_accepts, write
 
-from release_guard.attestation import EVIDENCE_FILE, POLICY_FILE, attest
+from release_guard.attestation import (
+    EVIDENCE_FILE,
+    POLICY_FILE,
+    PREDICATE_TYPES,
+    attest,
+    bundle_name,
+)
+from release_guard.dsse import Statement
 from release_guard.errors import IntegrityError
 from release_guard.evidence import Evidence
 from release_guard.gate import gate
@@ -176,6 +184,21 @@ def test_a_release_without_what_was_left_out_is_intact(tmp_path: Path, failing: 
     published = ["fp32"] if failing else ["fp32", "nf4"]
     assert [each.precision for each in found.claims.artefacts] == published
     independent_verifier.verify(tmp_path / "release", ours.public, None, NOW)
+    assert theirs_accepts(tmp_path / "release", ours)
+
+
+def test_every_attestation_is_bound_to_every_file_of_every_precision(tmp_path: Path) -> None:
+    ours, folder = fixed_key(tmp_path / "keys"), tmp_path / "release"
+    released(folder, ours, failing=False)
+    files = {name for name in FILES if name != "README.md"}
+    for kind in PREDICATE_TYPES:
+        bundle = (folder / bundle_name(kind)).read_bytes()
+        model, *others = Statement.from_bytes(ours.verify(bundle)).subjects
+        bound = {subject.name: subject.digest for subject in others}
+        assert bound == {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files
+        }
+        assert model.digest == root_digest(bound[name] for name in sorted(bound))
 
 
 def test_what_was_left_out_cannot_be_put_back(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def test_large_files_are_read_to_the_end(tmp_path: Path) -> None:
         ("sub/model.sig", "configuration"),
         ("README.md", "documentation"),
         ("LICENSE-MODEL.txt", "documentation"),
+        ("LICENSE.safetensors", "weights"),
+        ("NOTICE-1.BIN", "weights"),
         ("sub/plot.png", "documentation"),
         ("README.MD", "configuration"),
         ("model-00001-of-00002.safetensors", "weights"),

@@ -8,13 +8,12 @@ from typing import Any
 
 import model_signing
 import pytest
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from goldens import same_as_golden
 from hypothesis import given
 from hypothesis import strategies as st
-from judged import FILES, NOW, fixed_key, judge, write
+from judged import FILES, NOW, check, fixed_key, judge, theirs_accepts, write
 
 from release_guard.errors import IntegrityError
 from release_guard.manifest import (
@@ -27,7 +26,7 @@ from release_guard.manifest import (
 )
 from release_guard.oms import from_statement, sign, to_statement
 from release_guard.release import Attested
-from release_guard.signers.key import Key
+from release_guard.signers.key import KEY_VARIABLE, PASSWORD_VARIABLE, Key, generate_key
 from release_guard.verify import State, Trust, verify  # the whole way a consumer goes
 
 MANIFEST = Manifest.of(
@@ -55,16 +54,6 @@ def seal(folder: Path, key: Key) -> Path:
     """Sign a folder as a model, without any evidence."""
     statement = to_statement(hash_directory(folder).without(SIGNATURE), name=folder.name)
     return write(folder, SIGNATURE, key.sign(statement))
-
-
-def theirs_accepts(folder: Path, key: Key) -> bool:
-    """What the reference implementation says of a folder and its `model.sig`."""
-    config = model_signing.verifying.Config().use_elliptic_key_verifier(public_key=key.public)
-    try:
-        config.verify(folder, folder / SIGNATURE)
-    except (ValueError, InvalidSignature):
-        return False
-    return True
 
 
 def theirs_signs(folder: Path, private: Path, **hashing: Any) -> None:
@@ -207,6 +196,21 @@ def test_theirs_accepts_ours(tmp_path: Path, key: Key) -> None:
     judge(folder, key).release()
     assert theirs_accepts(folder, key)
     assert theirs_accepts(folder.rename(tmp_path / "renamed"), key)
+
+
+def test_theirs_accepts_what_an_encrypted_key_signed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, public = generate_key(tmp_path / "keys", "pässword")
+    monkeypatch.setenv(PASSWORD_VARIABLE, "pässword")
+    monkeypatch.setenv(KEY_VARIABLE, private.read_text())
+    folder = tmp_path / "mödel 模型"
+    write(folder, "模型/weights ü.safetensors", b"weights")
+    judge(folder, Key()).release()
+    monkeypatch.delenv(KEY_VARIABLE)
+    monkeypatch.delenv(PASSWORD_VARIABLE)
+    assert theirs_accepts(folder, Key(public=public))
+    assert check(folder, Key(public=public)).states == (State.INTACT,)
 
 
 def test_their_command_accepts_ours(tmp_path: Path, key: Key) -> None:

@@ -64,3 +64,18 @@ def test_verify_command_can_be_pasted(hub: str, tmp_path: Path) -> None:
 
     target = str(folder) if hub == "directory" else "hf://acme/pico@abc"
     assert words == ["release-guard", "verify", target, "--key", "my key.pub"]
+
+
+def test_verify_command_of_a_release_without_a_key() -> None:
+    identity = "https://github.com/acme/pico/.github/workflows/release.yml@refs/heads/a'b"
+    issuer = "https://token.actions.githubusercontent.com"
+    policy = POLICY.model_copy(
+        update={"signer": Spec(name="sigstore", identity=identity, issuer=issuer)}
+    )
+    pushed = Receipt(url="https://huggingface.co/acme/pico", revision="abc")
+    words = shlex.split(verify_command(policy, "acme/pico", pushed))
+
+    target = "hf://acme/pico@abc"
+    assert words == [
+        *("release-guard", "verify", target, "--identity", identity, "--issuer", issuer)
+    ]

@@ -16,8 +16,8 @@ from release_guard.modalities import Modality
 from release_guard.phases import SEARCH, Folders, Ground
 from release_guard.plugins import Spec
 from release_guard.policy import Policy
-from release_guard.redteam import Session
 from release_guard.replay import Agreement, Replay, Request, ancestor_of, evidence_of, find, replay
+from release_guard.session import Session
 
 SESSION = Session(1, lambda *_: None, lambda: datetime(2026, 1, 1, tzinfo=UTC))
 FINETUNE, RESTORE = Spec(name="finetune", lr=0.003), Spec(name="restore")

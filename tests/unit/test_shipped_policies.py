@@ -10,11 +10,11 @@ import pytest
 
 from release_guard.attacks import Attack
 from release_guard.attacks.quantize import Format
+from release_guard.judging import check_plugins
 from release_guard.modalities import Modality, ModelHandle
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Concept, Policy
 from release_guard.preflight import check_attacks
-from release_guard.publish import check_plugins
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "policies").glob("*.toml"))

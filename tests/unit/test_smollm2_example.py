@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from release_guard import data, texts
+from release_guard.judging import check_plugins
 from release_guard.policy import Policy
-from release_guard.publish import check_plugins
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 
