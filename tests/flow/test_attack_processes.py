@@ -113,9 +113,15 @@ def test_a_ray_that_goes_away_is_one_error_and_keeps_the_ledger(
     ledger = tmp_path / "trials.jsonl"
     held = (runs / "trials.jsonl").read_bytes()
     ledger.write_bytes(held)
-    endless = Path(command[3]).with_name("endless.toml")
-    text = Path(command[3]).read_text()
-    endless.write_text(text.replace('"limit" = 30', '"limit" = 1e9').replace("0.6", "0.999"))
+    # Nothing can end it but the kill: it has no budget to speak of, and it never learns.
+    text, endless = Path(command[3]).read_text(), Path(command[3]).with_name("endless.toml")
+    for finite, infinite in {
+        "limit = 30": "limit = 1e9",
+        "lr = 0.003": "lr = 1e-12",
+    }.items():
+        assert finite in text
+        text = text.replace(finite, infinite)
+    endless.write_text(text)
     process = start([*command[:3], str(endless), *command[4:]], tmp_path / "a", "--engine", "ray")
     ours = psutil.Process(process.pid)
     while not (rays := [each for judging in ours.children() for each in workers_of(judging)]):
@@ -127,7 +133,7 @@ def test_a_ray_that_goes_away_is_one_error_and_keeps_the_ledger(
             child.kill()
     _, errors = process.communicate()
 
-    assert process.returncode == 1
+    assert process.returncode == 1, errors
     last = errors.splitlines()[-1]
     assert last.startswith("error: ")
     assert "no Ray cluster answers there" in last
