@@ -1,70 +1,31 @@
-"""Model folders in the layout of `transformers`: fetched, distrusted, loaded whole or not at all.
+"""Model folders in the layout of `transformers`: distrusted, loaded whole or not at all.
 
 Safetensors only, code of the repository never: what is attacked must be what anybody loads.
 """
 
 import copy
 import json
-import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    StrictDataclassError,
-)
-from huggingface_hub.utils.tqdm import disable_progress_bars
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from release_guard import artefacts
 from release_guard.errors import ModelError, brief
-from release_guard.policy import HUB_PREFIX, Precision
+from release_guard.policy import Precision
 
-_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _UNLOADABLE = (  # what libraries raise of configurations that make no sense
     *(OSError, ValueError, RuntimeError, LookupError, ImportError),
     *(StrictDataclassError, TypeError, AttributeError, ArithmeticError, AssertionError),
 )
 _INDEX = "model_index.json"  # of diffusers, beside the folders
-
-
-def fetch(source: str, *, folders: Sequence[str] = ()) -> Path:
-    """A folder as it is, or the files of `OWNER/NAME@REVISION` in the Hub's local cache.
-
-    Args:
-        source: What the user wrote.
-        folders: Those in which files are wanted too, for models of several parts.
-
-    Raises:
-        ModelError: No such folder, no revision, or the Hub does not give it.
-    """
-    if (folder := Path(source)).is_dir():
-        return folder
-    if not (match := _HUB.fullmatch(source.removeprefix(HUB_PREFIX))):
-        advice = "give a model folder, or OWNER/NAME@REVISION for a model on the Hub"
-        raise ModelError(f"{source}: no such folder; {advice}")
-    disable_progress_bars()
-    prefixes = [f"{folder}/" for folder in folders] or [""]
-    try:
-        path = huggingface_hub.snapshot_download(
-            match["repo"],
-            revision=match["revision"],
-            allow_patterns=[_INDEX, *(prefix + name for prefix in prefixes for name in _WANTED)],
-            ignore_patterns=["*.fp16.*", "*.non_ema.*"] if folders else ["*/*"],
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = brief(error)
-        raise ModelError(f"{source}: the Hub does not give this model: {reason}") from error
-    return Path(path)
 
 
 def load(

@@ -6,18 +6,17 @@ splits, and rows in another order give the same splits, batches and digest.
 
 import hashlib
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import datasets
 
 from release_guard.errors import ModelError, brief
 from release_guard.plugins import advise
-from release_guard.policy import HUB_PREFIX, Concept, Target
+from release_guard.policy import Concept, Target
+from release_guard.sources import local_data
 
 Split = Literal[
     "immunize",
@@ -47,7 +46,6 @@ _INTERVALS: Mapping[Split, tuple[float, float]] = {
 }
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 _UNREADABLE = (OSError, ValueError, RuntimeError, StopIteration)  # what `datasets` raises
-_HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 
 
 @dataclass(frozen=True)
@@ -211,12 +209,7 @@ class Catalogue:
 
 
 def _request(source: str) -> dict[str, Any]:
-    if source.startswith(HUB_PREFIX):
-        if not (match := _HUB.fullmatch(source)):
-            advice = "write hf://datasets/OWNER/NAME@REVISION, the revision a commit or a tag"
-            raise ModelError(f"{source}: not a data set at a revision; {advice}")
-        return {"path": match["repo"], "revision": match["revision"]}
-    path = Path(source)
+    path = local_data(source)  # `datasets` itself would fall back to whatever revision it has
     if path.is_dir():
         return {"path": str(path)}
     if not path.exists():

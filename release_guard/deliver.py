@@ -100,6 +100,17 @@ class Published:
         return self.packed.evidence
 
 
+def plugins(policy: Policy) -> tuple[Hub, Signer]:
+    """Where the policy publishes and who signs."""
+    return Hub.build(policy.hub, where="hub"), Signer.build(policy.signer, where="signer")
+
+
+def check_credentials(hub: Hub, signer: Signer, repo: str) -> str:
+    """See that we may sign and push: better known now than after hours. The hub's head."""
+    signer.check()
+    return hub.preflight(repo)
+
+
 def open_candidate(
     folder: Path, *, root: str | None = None, policy_digest: str | None = None
 ) -> Packed:

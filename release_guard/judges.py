@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from release_guard import checkpoints
 from release_guard.errors import ModelError, brief
 from release_guard.manifest import hash_directory
+from release_guard.sources import local_folder
 
 _LEAST_RIGHT = 0.7  # of real pictures of a class that a judge must name right
 _MOST_WRONG = 0.3  # of real pictures of others that it may take for that class
@@ -30,7 +31,7 @@ class Judge:
     """
 
     def __init__(self, source: str) -> None:
-        folder = checkpoints.fetch(source)
+        folder = local_folder(source)
         self._source = source
         self._module = _classifier(source, folder)
         try:

@@ -14,6 +14,7 @@ from release_guard import artefacts, checkpoints
 from release_guard.diffusion import Network, Pipeline, quiet
 from release_guard.errors import ModelError, brief
 from release_guard.policy import Precision
+from release_guard.sources import local_folder
 
 with checkpoints.quiet():
     import diffusers
@@ -43,7 +44,7 @@ def load(source: str, *, artefact: Precision | None = None) -> Pipeline:
     Raises:
         ModelError: It is not exactly one whole, finite Stable Diffusion pipeline of safetensors.
     """
-    folder = checkpoints.fetch(source, folders=PARTS)
+    folder = local_folder(source)
     index = _index(source, folder)
     text_encoder = checkpoints.load(
         f"{source}/text_encoder",

@@ -138,7 +138,7 @@ def public_ancestor(policy: Policy, source: Path, undefended: Path) -> Path | No
     named = policy.red_team.ancestor
     if named is None or named == "undefended":
         return None if named is None else undefended
-    folder = local_folder(named.removeprefix(HUB_PREFIX))
+    folder = local_folder(named)
     root = hash_directory(folder).payload.root
     if root == hash_directory(undefended).payload.root:
         advice = 'if that is public, write ancestor = "undefended"'
@@ -187,8 +187,8 @@ def check_donors(policy: Policy, source: Path, undefended: Path) -> None:
         others = {"the model to be released": source, "the undefended model": undefended}
         base = target.base or policy.red_team.ancestor
         if base not in {None, "undefended"}:
-            others["its own base"] = local_folder(str(base).removeprefix(HUB_PREFIX))
-        root = _payload_root(local_folder(target.donor.removeprefix(HUB_PREFIX)))
+            others["its own base"] = local_folder(str(base))
+        root = _payload_root(local_folder(target.donor))
         for what, folder in others.items():
             if root == _payload_root(folder):
                 advice = "name a model with a task of its own"

@@ -5,16 +5,24 @@ from pathlib import Path
 
 from release_guard.card import Publication
 from release_guard.changes import Changes, require_known
-from release_guard.deliver import Delivery, Packed, Published, deliver, foresee, open_candidate
+from release_guard.deliver import (
+    Delivery,
+    Packed,
+    Published,
+    check_credentials,
+    deliver,
+    foresee,
+    open_candidate,
+    plugins,
+)
 from release_guard.errors import ReleaseGuardError
 from release_guard.hubs import Hub
 from release_guard.judging import judge
-from release_guard.policy import Policy
 from release_guard.preflight import Order
 from release_guard.run import Run
 from release_guard.session import Session
 from release_guard.signers import Signer
-from release_guard.sources import hub_id, local_folder
+from release_guard.sources import fetch_all, hub_id
 
 
 def publish(
@@ -36,8 +44,7 @@ def publish(
     hub, signer = plugins(order.policy)
     head = None if order.stops else check_credentials(hub, signer, order.repo)
     identity = "none (dry run)" if order.dry_run else signer.identity
-    for source in filter(None, (order.source, order.base)):
-        local_folder(source)  # what only we may fetch lies in the Hub's cache from here on
+    fetch_all(order.policy, order.source, order.base)
     base_model = hub_id(order.base or order.source)
     publication = Publication(order.repo, hub.address(order.repo), identity, base_model)
     candidate = session.apart(judge, order, output, publication)
@@ -62,14 +69,3 @@ def _foreseen(
     except ReleaseGuardError as error:
         session.progress("publish", 0, 0, f"what would change there is not known: {error}")
         return None
-
-
-def plugins(policy: Policy) -> tuple[Hub, Signer]:
-    """Where the policy publishes and who signs."""
-    return Hub.build(policy.hub, where="hub"), Signer.build(policy.signer, where="signer")
-
-
-def check_credentials(hub: Hub, signer: Signer, repo: str) -> str:
-    """See that we may sign and push: better known now than after hours. The hub's head."""
-    signer.check()
-    return hub.preflight(repo)

@@ -16,7 +16,7 @@ from release_guard.evidence import Evidence, Outcome, Point, Record
 from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
 from release_guard.modalities import Modality
 from release_guard.phases import Folders, Ground
-from release_guard.policy import HUB_PREFIX, Policy, Precision
+from release_guard.policy import Policy, Precision
 from release_guard.session import Session
 from release_guard.sources import local_folder
 
@@ -128,7 +128,7 @@ def ancestor_of(policy: Policy, base: str | None) -> Path | None:
     named = base or policy.red_team.ancestor
     if named is None or named == "undefended":
         return None
-    return local_folder(named.removeprefix(HUB_PREFIX))
+    return local_folder(named)
 
 
 def evidence_of(folder: Path) -> Path:

@@ -1,38 +1,69 @@
-"""What a user wrote where a model is asked for: a folder, or a revision on the Hub."""
+"""What a user wrote where a model or a data set is asked for: a place here, or one on the Hub.
 
+Of the Hub always one revision, in the Hub's own cache: what has been fetched once with our token
+is found there by processes that have none.
+"""
+
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
-from release_guard.errors import ModelError
-from release_guard.policy import Policy
+from release_guard.errors import ModelError, brief
+from release_guard.policy import HUB_PREFIX, Policy
+
+_MODEL = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+_DATA = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+_DATA_PREFIX = f"{HUB_PREFIX}datasets/"
+_KINDS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
+_SPARE = ["*.fp16.*", "*.non_ema.*"]  # the same weights again, which nobody would attack
 
 
 def local_folder(source: str) -> Path:
-    """The folder a model lies in; a Hub id is fetched into the Hub's own cache first."""
-    if Path(source).is_dir():
-        return Path(source).resolve()
-    name, separator, revision = source.partition("@")
-    if not separator or name.count("/") != 1:
-        raise ModelError(
-            f"{source}: no such folder; for a model of the Hub write OWNER/NAME@REVISION"
-        )
-    return _fetch(name, revision)
+    """The folder a model lies in: one that is here, or `OWNER/NAME@REVISION` in the Hub's cache.
+
+    Raises:
+        ModelError: No such folder, no revision, or the Hub does not give it.
+    """
+    if (folder := Path(source)).is_dir():
+        return folder.resolve()
+    if not (match := _MODEL.fullmatch(source)):
+        advice = "give a model folder, or OWNER/NAME@REVISION for a model on the Hub"
+        raise ModelError(f"{source}: no such folder; {advice}")
+    return _fetch(source, "model", match, only=_KINDS, but=_SPARE)
 
 
-def _fetch(name: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second to import
+def local_data(source: str) -> Path:
+    """The file or folder of a data set; `hf://datasets/OWNER/NAME@REVISION` in the Hub's cache.
 
-    kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=kinds))
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"{name}@{revision}: cannot be fetched from the Hub ({first})") from None
+    Raises:
+        ModelError: It is on the Hub, and has no revision or is not given.
+    """
+    if not source.startswith(HUB_PREFIX):
+        return Path(source)
+    if not (match := _DATA.fullmatch(source)):
+        advice = "write hf://datasets/OWNER/NAME@REVISION, the revision a commit or a tag"
+        raise ModelError(f"{source}: not a data set at a revision; {advice}")
+    return _fetch(source, "dataset", match)
+
+
+def fetch_all(policy: Policy, *models: str | None) -> None:
+    """Fetch whatever these models and the policy name on the Hub; for who has a token to do so.
+
+    Raises:
+        ModelError: One of them cannot be had.
+    """
+    for model in filter(None, models):
+        local_folder(model)
+    for source in sorted(set(_on_hub(policy.model_dump()))):
+        (local_data if source.startswith(_DATA_PREFIX) else local_folder)(source)
 
 
 def hub_id(source: str) -> str | None:
     """`OWNER/NAME` of a source that is not a folder here."""
-    return None if Path(source).is_dir() else source.partition("@")[0]
+    if Path(source).is_dir():
+        return None
+    return source.removeprefix(HUB_PREFIX).partition("@")[0]
 
 
 def named_in(policy: Policy) -> Iterator[tuple[str, str]]:
@@ -47,3 +78,46 @@ def named_in(policy: Policy) -> Iterator[tuple[str, str]]:
         yield "red_team.never_knew", policy.red_team.never_knew
     if policy.red_team.ancestor not in {None, "undefended"}:
         yield "red_team.ancestor", str(policy.red_team.ancestor)
+
+
+def _on_hub(value: Any, key: str = "") -> Iterator[str]:
+    """Sources on the Hub among the keys and options of a policy, plug-ins' own ones included."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _on_hub(part, name)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _on_hub(part, key)
+    elif isinstance(value, str):
+        bare = key == "teacher" and _MODEL.fullmatch(value) and not Path(value).is_dir()
+        if bare or value.startswith(HUB_PREFIX):
+            yield value
+
+
+def _fetch(
+    source: str,
+    kind: Literal["model", "dataset"],
+    match: re.Match[str],
+    *,
+    only: list[str] | None = None,
+    but: list[str] | None = None,
+) -> Path:
+    import huggingface_hub  # noqa: PLC0415  half a second to import
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415
+
+    disable_progress_bars()
+    try:
+        folder: str = huggingface_hub.snapshot_download(
+            match["repo"],
+            repo_type=kind,
+            revision=match["revision"],
+            allow_patterns=only,
+            ignore_patterns=but,
+            dry_run=False,
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        what = "data set" if kind == "dataset" else "model"
+        reason = brief(error)
+        raise ModelError(f"{source}: the Hub does not give this {what}: {reason}") from error
+    return Path(folder)

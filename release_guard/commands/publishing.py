@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from release_guard.changes import Changes
     from release_guard.deliver import Packed, Published
-    from release_guard.plugins import Spec
     from release_guard.policy import Policy
 
 _ONE_OF_TWO = "give SOURCE and --policy, or --candidate and --expect-root and neither of those"
@@ -135,29 +134,28 @@ def _publish_candidate(
     from release_guard.deliver import (  # noqa: PLC0415
         Delivery,
         Published,
+        check_credentials,
         deliver,
+        plugins,
     )
-    from release_guard.hubs import Hub  # noqa: PLC0415
-    from release_guard.signers import Signer  # noqa: PLC0415
 
     if not packed.candidate.verdict.passed:
         return _tell(terminal, Published(packed), repo)
-    policy = packed.policy
-    _require_known_endpoint(policy)
-    hub = Hub.build(policy.hub, where="hub")
-    signer = Signer.build(_without_files(policy.signer), where="signer")
-    signer.check()
-    head = hub.preflight(repo)
+    _require_known_endpoint(packed.policy)
+    hub, signer = plugins(_without_files(packed.policy))
+    head = check_credentials(hub, signer, repo)
     delivery = Delivery(repo, hub, signer, head, terminal.progress, now, agree, tag)
     return _tell(terminal, deliver(packed, delivery), repo)
 
 
-def _without_files(signer: "Spec") -> "Spec":
+def _without_files(policy: "Policy") -> "Policy":
     """Key files lie where the candidate was packed, if anywhere: here the environment names one.
 
     The card says whose key it was packed for, so another one is refused.
     """
-    return type(signer)(name="key") if signer.name == "key" else signer
+    if policy.signer.name != "key":
+        return policy
+    return policy.model_copy(update={"signer": type(policy.signer)(name="key")})
 
 
 def _require_known_endpoint(policy: "Policy") -> None:
@@ -218,6 +216,7 @@ def immunize(
     """
     need_torch()
     from release_guard import shards  # noqa: PLC0415
+    from release_guard.engines import without_credentials  # noqa: PLC0415
 
     with shards.group():
         terminal.follows = not shards.leads()
@@ -225,12 +224,17 @@ def immunize(
         from release_guard import judging as flow  # noqa: PLC0415
         from release_guard import outcome  # noqa: PLC0415
         from release_guard.preflight import Order  # noqa: PLC0415
+        from release_guard.sources import fetch_all  # noqa: PLC0415
 
         session = open_session(terminal, max(1, workers // shards.world()))
-        if shards.world() > 1:
+        fetch_all(policy, source)
+        order, folder = Order(source, source, policy), output or default_run(source, source)
+        if shards.world() == 1:
+            done = session.apart(flow.immunize, order, folder)
+        else:  # torchrun's processes are the ones that train: here credentials are taken away
             terminal.say(f"{shards.world()} processes share the model")
-        folder = output or default_run(source, source)
-        done = flow.immunize(Order(source, source, policy), folder, session)
+            with without_credentials():
+                done = flow.immunize(order, folder, session)
     for line in outcome.immunized_lines(done.checks):
         terminal.say(line)
     terminal.data(str(done.folder), outcome.immunized_document(done))
@@ -262,9 +266,11 @@ def attack(
     from release_guard import outcome  # noqa: PLC0415
     from release_guard.judging import assess  # noqa: PLC0415
     from release_guard.preflight import Order  # noqa: PLC0415
+    from release_guard.sources import fetch_all  # noqa: PLC0415
 
     order = Order(source, source, policy, base, as_is=True)
     session = open_session(terminal, workers, **where)
+    fetch_all(policy, source, base)
     assessed = session.apart(assess, order, output or default_run(source, source, "attack-"))
     for line in outcome.verdict_lines(assessed.verdict, policy):
         terminal.say(line)

@@ -33,6 +33,7 @@ from release_guard.modalities import (
     repeated_layers,
 )
 from release_guard.policy import Precision
+from release_guard.sources import local_folder
 
 _IGNORED = -100  # label of a position that does not count, as in transformers
 _MOST_LOGITS = 2**26  # scored at once: 256 MB
@@ -70,7 +71,7 @@ class CausalLm(Modality):
     """Most tokens of an example."""
 
     def load(self, source: str, *, artefact: Precision | None = None) -> "LanguageModel":
-        folder = checkpoints.fetch(source)
+        folder = local_folder(source)
         module = checkpoints.load(
             source,
             folder,

@@ -27,6 +27,7 @@ from release_guard.modalities import (
     repeated_layers,
 )
 from release_guard.policy import Precision
+from release_guard.sources import local_folder
 
 _SCORED_TOGETHER = 256
 
@@ -46,7 +47,7 @@ class ImageClassification(Modality):
     """Column of classes: numbers, or names from the model's `label2id`."""
 
     def load(self, source: str, *, artefact: Precision | None = None) -> "ImageClassifier":
-        folder = checkpoints.fetch(source)
+        folder = local_folder(source)
         module = checkpoints.load(
             source,
             folder,

@@ -253,9 +253,8 @@ def test_policy_from_the_environment(
     monkeypatch.setenv("RELEASE_GUARD_POLICY", str(policy_file))
 
     assert main(["attack", "nowhere"]) == 1
-    assert errors() == [
-        "error: nowhere: no such folder; for a model of the Hub write OWNER/NAME@REVISION"
-    ]
+    advice = "give a model folder, or OWNER/NAME@REVISION for a model on the Hub"
+    assert errors() == [f"error: nowhere: no such folder; {advice}"]
 
 
 def test_missing_policy_file(errors: Lines) -> None:

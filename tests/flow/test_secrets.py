@@ -234,13 +234,18 @@ def test_a_candidate_of_another_policy_is_not_opened(tmp_path: Path) -> None:
         open_candidate(folder, root=root, policy_digest=asked.digest)
 
 
-def test_what_works_on_models_knows_no_secret(home: Home) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [["attack"], ["immunize"], ["publish", "--repo", REPO, "--dry-run"]],
+    ids=lambda a: a[0],
+)
+def test_what_works_on_models_knows_no_secret(home: Home, asked: list[str]) -> None:
     """Each process below that of the command until the one is there that has all others below."""
     data = home.folder / "data"
     for name in ("retained", "restricted"):
         write(data, f"{name}.parquet", b"")  # no data, no model: the process is what counts
-    policy = pico.pico_policy(home.folder / "policy", data)
-    command = ["attack", str(data), "--policy", str(policy), "--workers", "1"]
+    policy = pico.pico_policy(home.folder / "policy", data, stages=[{"name": "sophon"}])
+    command = [*asked, str(data), "--policy", str(policy), "--workers", "1"]
     environment = {**home.environment, "HF_TOKEN_PATH": "key.pem", "DB_URL": "x://a:canary9@b"}
     seen: dict[str, dict[str, str]] = {}
     with subprocess.Popen(  # noqa: S603

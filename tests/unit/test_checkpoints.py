@@ -13,12 +13,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from release_guard import checkpoints
 from release_guard.errors import ModelError
+from release_guard.sources import local_folder
 
 
 def load(source: str | Path) -> torch.nn.Module:
     return checkpoints.load(
         str(source),
-        checkpoints.fetch(str(source)),
+        local_folder(str(source)),
         auto=AutoModelForImageClassification,
         architectures=MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
         modality="image_classification",

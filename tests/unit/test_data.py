@@ -187,7 +187,7 @@ def test_missing_value_is_named(tmp_path: Path) -> None:
         ("nowhere.jsonl", "no such file or folder"),
         ("hf://datasets/owner/name", "write hf://datasets/OWNER/NAME@REVISION"),
         ("hf://owner/name@main", "write hf://datasets/OWNER/NAME@REVISION"),
-        ("hf://datasets/owner/name@main", "cannot be read as a data set"),
+        ("hf://datasets/owner/name@main", "the Hub does not give this data set"),
     ],
 )
 def test_source_that_is_not_there(source: str, message: str) -> None:
