@@ -11,9 +11,11 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: demo demo-nf4 smollm2 test fuzz lint bench docs format clean
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt tests/git-lfs.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[immunize,dev]'
+	git lfs version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet \
+		--disable-pip-version-check --no-deps --ignore-requires-python -r tests/git-lfs.txt
 	touch $@
 
 demo: $(READY)
