@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from release_guard import policy
 from release_guard.attacks import Attack
-from release_guard.cli import cli
+from release_guard.commands.group import cli
 from release_guard.hubs import Hub
 from release_guard.modalities import Modality
 from release_guard.plugins import Plugin

@@ -1,7 +1,6 @@
 """Errors meant for the user: the class carries the exit code, the text what, where, what next."""
 
 import json
-import textwrap
 import unicodedata
 
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # they move, hide or turn what is shown
@@ -85,4 +84,6 @@ class ConfinedError(Exception):
 def brief(error: BaseException) -> str:
     """A library's message cut to one line of a few words, to stand inside one of ours."""
     text = str(error).strip() or type(error).__name__
+    import textwrap  # noqa: PLC0415
+
     return textwrap.shorten(text.splitlines()[0], width=200, placeholder=" ...")

@@ -1,10 +1,10 @@
 """What the gate says and what may be pushed: Verdict, Candidate -> Attested -> Release, Receipt."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from pathlib import Path
-from uuid import uuid4
 
 from release_guard.errors import IntegrityError
 from release_guard.manifest import Manifest
@@ -164,7 +164,7 @@ class Release(Attested):
 
     manifest: Manifest
     previous: str | None = None
-    run: str = field(default_factory=lambda: uuid4().hex)
+    run: str = field(default_factory=lambda: os.urandom(16).hex())
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from release_guard.credentials import masked
 from release_guard.errors import printable
 
@@ -55,7 +53,7 @@ class Terminal:
         if self.as_json:
             self._print_document(document)
         elif text:
-            click.echo(_lines(text), color=_colours(sys.stdout))
+            _echo(_lines(text))
 
     def say(self, text: str) -> None:
         """Something for people; never data."""
@@ -67,7 +65,7 @@ class Terminal:
         self.warnings.append(line)
         if self.follows:
             return
-        self._to_stderr(f"{click.style('warning:', fg='yellow')} {_shown(line)}")
+        self._to_stderr(f"{_in_colour('warning:', 'yellow')} {_shown(line)}")
 
     def confirms(self, question: str) -> bool:
         """Ask, where somebody is there to answer; nobody's silence is a yes."""
@@ -75,6 +73,8 @@ class Terminal:
         there = sys.stdin.isatty() and sys.stderr.isatty()
         if not there or self.as_json or self.quiet or self.follows:
             return False
+        import click  # noqa: PLC0415
+
         return click.confirm(question, default=False, err=True)
 
     def fail(
@@ -89,7 +89,7 @@ class Terminal:
         if self.follows:
             time.sleep(_PATIENCE)
         for line in lines:
-            self._to_stderr(f"{click.style('error:', fg='red')} {_shown(line)}")
+            self._to_stderr(f"{_in_colour('error:', 'red')} {_shown(line)}")
         if self.as_json:
             known = document or {}
             self._print_document({"exit_code": exit_code, "errors": list(lines), **known})
@@ -137,13 +137,15 @@ class Terminal:
             **document,
             "warnings": self.warnings,
         }
-        click.echo(_lines(json.dumps(whole, indent=2, ensure_ascii=False, default=str)))
+        _echo(_lines(json.dumps(whole, indent=2, ensure_ascii=False, default=str)))
 
     def _to_stderr(self, text: str) -> None:
         if self._bars is not None:
+            import click  # noqa: PLC0415
+
             self._bars.console.print(click.unstyle(text), markup=False, highlight=False)
         else:
-            click.echo(text, err=True, color=_colours(sys.stderr))
+            _echo(text, err=True)
 
     def _draw(self, phase: "_Phase", line: str) -> None:
         if self._bars is None:
@@ -186,6 +188,18 @@ class _Phase:
         if self.done <= self.first or self.done == self.total:
             return None
         return (now - self.started) / (self.done - self.first) * (self.total - self.done)
+
+
+def _echo(text: str, *, err: bool = False) -> None:
+    import click  # noqa: PLC0415  whoever has nothing to say does without
+
+    click.echo(text, err=err, color=_colours(sys.stderr if err else sys.stdout))
+
+
+def _in_colour(word: str, colour: str) -> str:
+    import click  # noqa: PLC0415
+
+    return click.style(word, fg=colour)
 
 
 def _shown(line: str) -> str:

@@ -1,23 +1,18 @@
 """The pre-push hook: git calls it, and these put it where git finds it."""
 
-import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from release_guard.commands.options import common
-from release_guard.commands.shared import now
 from release_guard.errors import PolicyError, ReleaseGuardError
 from release_guard.terminal import Terminal
 
 if TYPE_CHECKING:
-    from release_guard.hook import Checked
     from release_guard.hook_install import Place
     from release_guard.hook_settings import Settings
-    from release_guard.pushed import Remote, Update
 
 _MEANING = {
     "absent": "nothing verifies what is pushed; run release-guard hook install",
@@ -123,9 +118,9 @@ def run() -> None:
 @click.pass_obj
 def run_pre_push(terminal: Terminal, *, name: str, url: str) -> int:
     """Verify what git tells on standard input."""
-    from release_guard.pushed import Remote, read_updates  # noqa: PLC0415
+    from release_guard import hook_run  # noqa: PLC0415
 
-    return _run(terminal, Remote(name, url), read_updates(sys.stdin.buffer.read()))
+    return hook_run.pre_push(terminal, name, url)
 
 
 @run.command("pre-commit")
@@ -133,50 +128,9 @@ def run_pre_push(terminal: Terminal, *, name: str, url: str) -> int:
 @click.pass_obj
 def run_pre_commit(terminal: Terminal) -> int:
     """Verify the one ref that pre-commit tells in its variables."""
-    from release_guard.pushed import Remote, from_pre_commit  # noqa: PLC0415
+    from release_guard import hook_run  # noqa: PLC0415
 
-    name, url = (os.environ.get(f"PRE_COMMIT_REMOTE_{part}") for part in ("NAME", "URL"))
-    if not name or not url:
-        raise PolicyError("pre-commit does not say what is pushed where; let git push call it")
-    return _run(terminal, Remote(name, url), (from_pre_commit(os.environ),))
-
-
-def _run(terminal: Terminal, remote: "Remote", updates: "Sequence[Update]") -> int:
-    from release_guard.git import Repository  # noqa: PLC0415
-    from release_guard.hook_settings import settings_of  # noqa: PLC0415
-
-    settings = settings_of(Repository.of_hook(), Path.cwd())
-    for key in settings.unknown:
-        terminal.warn(f"git config {key}: no setting of release-guard; is it misspelt?")
-    if not remote.is_watched(settings.remotes, os.environ.get("HF_ENDPOINT")):
-        if terminal.verbosity:
-            terminal.say(f"{remote}: not watched, nothing was verified")
-        terminal.data("", {"remote": str(remote), "watched": False, "refs": []})
-        return 0
-    from release_guard.hook import check_push  # noqa: PLC0415
-
-    found = check_push(remote, updates, settings, now())
-    document = {"remote": str(remote), "watched": True, "refs": [_ref(each) for each in found]}
-    if code := max((each.exit_code for each in found), default=0):
-        lines = [f"{each.update.ref}: {line}" for each in found for line in each.problems]
-        return terminal.fail([*lines, "nothing was pushed"], code, document)
-    for each in found:
-        for note in each.notes:
-            terminal.say(f"{each.update.ref}: {note}; the release itself is as it was signed")
-    terminal.data("", document)
-    return 0
-
-
-def _ref(checked: "Checked") -> dict[str, Any]:
-    return {
-        "ref": checked.update.ref,
-        "commit": checked.commit,
-        "deleted": checked.update.deletes,
-        "exit_code": checked.exit_code,
-        "states": [str(state) for state in checked.states],
-        "problems": list(checked.problems),
-        "notes": list(checked.notes),
-    }
+    return hook_run.pre_commit(terminal)
 
 
 def _settings(folder: Path) -> "Settings":

@@ -279,9 +279,9 @@ def test_a_claim_that_expired_is_not_pushed_again(guarded: Bench) -> None:
     shim.write_text(
         f'#!/bin/sh\nexec "{sys.executable}" -P -c "\n'
         "import datetime, sys\n"
-        "from release_guard.commands import hooks\n"
+        "import release_guard.hook_run as run\n"
         "from release_guard.cli import main\n"
-        f"hooks.now = lambda: datetime.datetime.fromisoformat('{later.isoformat()}')\n"
+        f"run.now = lambda: datetime.datetime.fromisoformat('{later.isoformat()}')\n"
         'sys.exit(main())" "$@"\n'
     )
     assert "evidence-expired: the claim expired on" in refused(guarded, "docs-only:main")
@@ -293,7 +293,8 @@ def test_pushing_needs_neither_torch_nor_the_hub(guarded: Bench) -> None:
     code = (
         "import sys; from release_guard.cli import main\n"
         "code = main(['hook', 'run', 'pre-push', 'origin', 'file:///x'])\n"
-        "loaded = {'torch', 'huggingface_hub', 'rich', 'sigstore', 'httpx'} & set(sys.modules)\n"
+        "heavy = {'click', 'pydantic', 'torch', 'huggingface_hub', 'rich', 'sigstore', 'httpx'}\n"
+        "loaded = heavy & set(sys.modules)\n"
         "sys.exit(f'{code} {loaded}' if code or loaded else 0)"
     )
     done = subprocess.run(  # noqa: S603

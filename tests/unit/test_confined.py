@@ -172,7 +172,7 @@ def test_it_does_not_outlive_us(tmp_path: Path, way: signal.Signals) -> None:
 
 
 def test_an_unexpected_error_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
-    from release_guard.cli import cli  # noqa: PLC0415
+    from release_guard.commands.group import cli  # noqa: PLC0415
 
     @cli.command("stumble")
     def command() -> None:

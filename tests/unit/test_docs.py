@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from release_guard.cli import cli
+from release_guard.commands.group import cli
 from release_guard.terminal import PROGRAM
 
 ROOT = Path(__file__).parents[2]
