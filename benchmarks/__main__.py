@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
 NAMES = (
     "demo",
+    "demo_nf4",
     "sweep",
     "engines",
     "attack_vs_trainer",

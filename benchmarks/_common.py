@@ -89,14 +89,15 @@ def record(name: str, result: Mapping[str, Any], markdown: str) -> None:
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
 
 
-def demo_policy(folder: Path) -> Policy:
-    """The demo's policy, data and keys, put into a folder as the demo does."""
+def demo_policy(folder: Path, name: str = "policy") -> Policy:
+    """One of the demo's policies, its data and keys, put into a folder as the demo does."""
     example = example_folder()
-    (folder / "data").mkdir()
+    (folder / "data").mkdir(exist_ok=True)
     for data in example.glob("*.parquet"):
         shutil.copyfile(data, folder / "data" / data.name)
-    shutil.copyfile(example / "policy.toml", folder / "policy.toml")
-    generate_key(folder, password=None)
+    shutil.copyfile(example / f"{name}.toml", folder / "policy.toml")
+    if not (folder / "key.pem").exists():
+        generate_key(folder, password=None)
     return Policy.load(folder / "policy.toml")
 
 
