@@ -108,7 +108,11 @@ def demo_model(folder: Path) -> Path:
 
 
 def session() -> Session:
-    return Session(WORKERS, _show, lambda: datetime.now(UTC))
+    return Session(WORKERS, _show, _now)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _show(phase: str, done: int, total: int, line: str) -> None:
