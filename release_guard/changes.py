@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from release_guard.attestation import PREDICATE_TYPES, bundle_name
-from release_guard.errors import IntegrityError, PushRefusedError
+from release_guard.errors import IntegrityError, PushRefusedError, listed
 from release_guard.hubs import NOTHING, Hub, Revision
 from release_guard.manifest import SIGNATURE, FileEntry, Manifest, Tree
 from release_guard.oms import from_statement
@@ -12,9 +12,6 @@ from release_guard.signers import Signer
 
 _DEPTH = 20  # older revisions that are looked at
 _SHORT = 12  # letters of a revision that people are shown
-
-
-_MOST = 3  # names in a line
 
 
 @dataclass(frozen=True)
@@ -90,8 +87,9 @@ def require_known(found: Changes) -> None:
     if found.foreign:
         names = [entry.name for entry in found.foreign]
         raise PushRefusedError(
-            f"{found.repo}: {_some(names)} would be deleted, and no signed release put that there; "
-            "nothing was sent. Move it into the model's folder, or say --yes to have it deleted"
+            f"{found.repo}: {listed(names)} would be deleted, and no signed release put that "
+            "there; nothing was sent. Move it into the model's folder, or say --yes to have it "
+            "deleted"
         )
 
 
@@ -110,7 +108,7 @@ def _of_history(hub: Hub, repo: str, head: str, signer: Signer) -> Iterator[str]
     revisions = [] if head == NOTHING else hub.history(repo)
     found = list(_unproven(hub, repo, revisions[:_DEPTH], signer))
     if found:
-        named = _some([f"{each.name[:_SHORT]} by {each.authors}" for each in found])
+        named = listed([f"{each.name[:_SHORT]} by {each.authors}" for each in found])
         yield (
             f"{repo}: weights without passing evidence stay in older revisions, where whoever may "
             f"read it can get them: {named}"
@@ -129,8 +127,3 @@ def _unproven(
             proven |= set(_vouched(hub.tree(repo, revision.name), signer).values())
         if not weights <= proven:
             yield revision
-
-
-def _some(words: Sequence[str]) -> str:
-    left = len(words) - _MOST
-    return ", ".join(words[:_MOST]) + (f" and {left} more" if left > 0 else "")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import get_args
 
+from release_guard.errors import listed
 from release_guard.evidence import Evidence
 from release_guard.policy import Policy, Precision
 from release_guard.precisions import contrasts
@@ -12,8 +13,6 @@ from release_guard.statistics import best_score
 from release_guard.strength import MIN_HEAD_START, control
 from release_guard.sweep import Place, finished
 from release_guard.usefulness import USEFUL
-
-_NAMED = 3  # checks a refusal names before it only counts
 
 _FAMILIES = {
     "finetune": "full or partial fine-tuning",
@@ -115,13 +114,8 @@ def _refusal(checks: Sequence[Check], policy: Policy) -> str:
     for result, text in ((Result.FAIL, "failed"), (Result.INCONCLUSIVE, "inconclusive")):
         names = [check.name for check in checks if check.result is result]
         if names:
-            parts.append(f"{len(names)} {text} ({_listing(names)})")
+            parts.append(f"{len(names)} {text} ({listed(names)})")
     return f"refused: {'; '.join(parts) or 'nothing was checked'}"
-
-
-def _listing(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{', '.join(names[:_NAMED])}{more}"
 
 
 def _way_out(strengths: Sequence[Strength]) -> str:
@@ -257,7 +251,7 @@ def _left_out(verdict: Verdict, evidence: Evidence, policy: Policy) -> Iterator[
         if reason := evidence.unrunnable.get(precision):
             yield f"precision {precision}: could not be run here ({reason})"
         elif precision in verdict.left_out and failed:
-            yield f"precision {precision}: not published, as it did not pass ({_listing(failed)})"
+            yield f"precision {precision}: not published, as it did not pass ({listed(failed)})"
         elif precision in verdict.left_out:
             yield (
                 f"precision {precision}: not published, as whoever has it can round it to one that "

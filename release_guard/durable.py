@@ -28,6 +28,24 @@ def write_new(path: Path, content: bytes) -> Path:
     return path
 
 
+def replace_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Write a file whole or not at all, over one that may be there.
+
+    Args:
+        path: Where; what an attempt that was killed left beside it is dropped.
+        content: All of it.
+        mode: Who may read it, less the umask.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+    partial.replace(path)
+
+
 def exchange(staged: Path, files: Path, *, aside: Path) -> None:
     """Put `staged` where `files` is: in one step, or in two where the system knows no exchange.
 

@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from collections.abc import Sequence
 
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # they move, hide or turn what is shown
 _MOST = 2_000  # characters; what somebody else wrote may have any length
@@ -21,6 +22,12 @@ def printable(text: str) -> str:
         else character
         for character in text
     )
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names in one line, and how many more there are."""
+    left = len(names) - most
+    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")
 
 
 class ReleaseGuardError(Exception):

@@ -24,7 +24,13 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented,
 from huggingface_hub.utils._http import default_client_factory
 
 from release_guard import __version__
-from release_guard.errors import AuthenticationError, HubError, PolicyError, PushRefusedError
+from release_guard.errors import (
+    AuthenticationError,
+    HubError,
+    PolicyError,
+    PushRefusedError,
+    printable,
+)
 
 UNKNOWN, FORBIDDEN, MISSING, CONFLICT, STALE, BUSY = 401, 403, 404, 409, 412, 429
 
@@ -155,7 +161,7 @@ def words_of(error: Exception) -> str:
 
 def plain(text: str) -> str:
     """What somebody else wrote, on one line, not too long, with nothing a terminal would obey."""
-    return "".join(each if each.isprintable() else "?" for each in text)[:_LONGEST]
+    return printable(text)[:_LONGEST]
 
 
 def _reset(error: Exception) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from release_guard.errors import printable
 from release_guard.manifest import classify
 from release_guard.pins import Choice, Pins
 from release_guard.verify import Finding, State, Verification
@@ -76,7 +77,7 @@ def lines(verification: Verification, shown: str) -> Iterator[str]:
         verification: What was found.
         shown: What was looked at.
     """
-    yield plain(f"{', '.join(verification.states)}: {shown}")
+    yield printable(f"{', '.join(verification.states)}: {shown}")
     for name in _STATES:
         for text in _rows(name, verification):
             yield _row(name, text)
@@ -95,14 +96,7 @@ def rejudged_lines(verification: Verification) -> Iterator[str]:
     for check in verification.rejudged:
         result = check.found.name if check.found else "gone"
         signed = "" if check.agrees else f" [signed {check.signed.name if check.signed else 'not'}]"
-        yield plain(f"  {result}{signed} {check.name}: {check.detail}".rstrip(": "))
-
-
-def plain(text: str) -> str:
-    """One line that can move no cursor, whoever wrote what stands in it."""
-    return "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in text
-    )
+        yield printable(f"  {result}{signed} {check.name}: {check.detail}".rstrip(": "))
 
 
 def advice(verification: Verification) -> str:
@@ -178,4 +172,4 @@ def _signed(name: str, verification: Verification) -> frozenset[str]:
 
 
 def _row(name: str, text: str) -> str:
-    return plain(f"  {name:<13}  {text}")
+    return printable(f"  {name:<13}  {text}")

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from release_guard.durable import write_new
+from release_guard.durable import replace_file
 from release_guard.errors import ReleaseGuardError
 from release_guard.manifest import Manifest
 from release_guard.release import Release
@@ -77,10 +77,8 @@ class Journal:
         return release
 
     def _write(self, content: bytes) -> None:
-        partial = self.path.with_name(f"{self.path.name}.partial")
         try:
-            partial.unlink(missing_ok=True)  # of an attempt that was killed here
-            write_new(partial, content).replace(self.path)
+            replace_file(self.path, content)
         except OSError as error:
             raise ReleaseGuardError(
                 f"{self.path}: cannot be written ({error.strerror}); nothing was sent. Make room "

@@ -17,8 +17,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from release_guard.durable import replace_file
 from release_guard.errors import IntegrityError, PolicyError, ReleaseGuardError, printable
 from release_guard.manifest import Tree
+from release_guard.places import config_folder
 from release_guard.trust import Trusted, first_seen
 
 VARIABLE = "RELEASE_GUARD_PINS"
@@ -48,9 +50,7 @@ class Pins:
         """`RELEASE_GUARD_PINS`, else `release-guard/pins.toml` where configuration lies."""
         if given := os.environ.get(VARIABLE):
             return cls(Path(given))
-        base = Path(os.environ.get("XDG_CONFIG_HOME") or "")
-        base = base if base.is_absolute() else Path("~/.config").expanduser()
-        return cls(base / "release-guard" / "pins.toml")
+        return cls(config_folder() / "pins.toml")
 
     def get(self, name: str) -> Trusted | None:
         """Whom to trust for a model; a key's path counts from the pin file.
@@ -79,7 +79,7 @@ class Pins:
                 content = source + _table(name, trusted).encode()
                 if _parse(content, self.path).pins.get(name) != trusted:
                     raise PolicyError(f"{self.path}: cannot hold the name {name!a}")
-                self._replace(content)
+                replace_file(self.path, content, mode=0o600)
         except OSError as error:
             raise ReleaseGuardError(
                 f"{self.path}: cannot be written ({error.strerror}), so nothing is pinned"
@@ -108,16 +108,6 @@ class Pins:
         with self.path.with_name(f"{self.path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-    def _replace(self, content: bytes) -> None:
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.unlink(missing_ok=True)
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        partial.replace(self.path)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,17 @@
 """What a model repository begins with: found out where it can be, written only where nothing is."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from release_guard.errors import ModelError
+from release_guard.places import config_folder
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-POLICY_NAME = "release-guard.toml"
 _TEMPLATES = {
     "causal_lm": "default.toml",
     "image_classification": "image_classification.toml",
@@ -108,8 +107,7 @@ def starter_policy(modality: str, *, data: str, keyless: tuple[str, str] | None)
 
 def key_folder(repo: str) -> Path:
     """Where the private key for a repository lies: with its owner, never in the repository."""
-    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(home) / "release-guard" / "keys" / repo.replace("/", "--")
+    return config_folder() / "keys" / repo.replace("/", "--")
 
 
 def placeholders(policy: str) -> Iterator[str]:

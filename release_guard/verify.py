@@ -18,7 +18,7 @@ from release_guard.attestation import (
     subjects,
 )
 from release_guard.dsse import MAX_BUNDLE
-from release_guard.errors import IntegrityError, PolicyError, ReleaseGuardError
+from release_guard.errors import IntegrityError, PolicyError, ReleaseGuardError, listed
 from release_guard.gittree import read_pointer
 from release_guard.layout import artefacts, require_as_attacked
 from release_guard.manifest import EVIDENCE_FOLDER, SIGNATURE, Manifest, Tree, classify
@@ -241,7 +241,7 @@ class _Check:
                 if partial and how in _ABSENT and state is not State.EVIDENCE_MISSING:
                     self.absent.extend(files)
                 else:
-                    text = f"{how}: {_listing(files)}"
+                    text = f"{how}: {listed(files)}"
                     self.findings.append(Finding(state, text, tuple(files), how))
 
     def attestations(self, signed: SignedFiles) -> Claims | None:
@@ -312,7 +312,7 @@ class _Check:
     def agreement(self, rejudged: tuple[Rejudged, ...]) -> None:
         """Every check of the gate was signed as it comes out, and no other."""
         if differing := [check.name for check in rejudged if not check.agrees]:
-            text = f"judged again, {len(differing)} checks differ: {_listing(differing)}"
+            text = f"judged again, {len(differing)} checks differ: {listed(differing)}"
             self._find(State.EVIDENCE_INVALID, text, bundle_name("resistance"))
 
     def _judge(self, signed: SignedFiles, claims: Claims) -> tuple["Policy", Verdict]:
@@ -394,11 +394,6 @@ def _state(name: str, how: How) -> State:
             return State.DOCUMENTATION_CHANGED
         case "evidence":
             return State.EVIDENCE_MISSING if how in _ABSENT else State.EVIDENCE_INVALID
-
-
-def _listing(files: list[str], most: int = 3) -> str:
-    shown = ", ".join(files[:most])
-    return f"{shown} and {len(files) - most} more" if len(files) > most else shown
 
 
 def _notes(manifest: Manifest) -> Iterator[str]:

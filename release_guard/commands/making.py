@@ -1,12 +1,11 @@
 """Making what publishing needs: keys, smaller models, a demo, completion."""
 
-import os
 from pathlib import Path
 
 import click
 
 from release_guard.commands.options import common, made_option, workers_option
-from release_guard.commands.shared import need_torch, open_session
+from release_guard.commands.shared import make_key, need_torch, open_session
 from release_guard.terminal import PROGRAM, Terminal
 
 
@@ -66,12 +65,8 @@ def prune(terminal: Terminal, *, model: str, pruner: str, output: Path) -> None:
 def keygen(terminal: Terminal, *, output: Path) -> None:
     """Make key.pem (private) and key.pub in DIR; RELEASE_GUARD_KEY_PASSWORD encrypts the first."""
     from release_guard.keys import fingerprint, load_public_key  # noqa: PLC0415
-    from release_guard.signers.key import PASSWORD_VARIABLE, generate_key  # noqa: PLC0415
 
-    password = os.environ.get(PASSWORD_VARIABLE)
-    private, public = generate_key(output, password)
-    if not password:
-        terminal.warn(f"{private}: not encrypted; set {PASSWORD_VARIABLE} first to have it so")
+    private, public = make_key(terminal, output)
     mark = fingerprint(load_public_key(public))
     terminal.say(f"keep {private} to yourself, hand out {public}; fingerprint {mark}")
     document = {"private": str(private), "public": str(public), "fingerprint": mark}

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from release_guard.starter import POLICY_NAME
+from release_guard.places import POLICY_NAME
 from release_guard.terminal import PROGRAM, Terminal
 
 Command = TypeVar("Command", bound=Callable[..., Any])

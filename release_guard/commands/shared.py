@@ -84,6 +84,17 @@ def now() -> Any:
     return datetime.now(UTC)
 
 
+def make_key(terminal: Terminal, folder: Path) -> tuple[Path, Path]:
+    """A new private key, encrypted if a password is there, and its public half."""
+    from release_guard.signers.key import PASSWORD_VARIABLE, generate_key  # noqa: PLC0415
+
+    password = os.environ.get(PASSWORD_VARIABLE)
+    private, public = generate_key(folder, password)
+    if not password:
+        terminal.warn(f"{private}: not encrypted; set {PASSWORD_VARIABLE} first to have it so")
+    return private, public
+
+
 def step_summary(
     terminal: Terminal, verdict: "Verdict", evidence: "Evidence", policy: "Policy"
 ) -> None:

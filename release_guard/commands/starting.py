@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from release_guard.commands.options import common
+from release_guard.commands.shared import make_key
 from release_guard.errors import PolicyError, ReleaseGuardError
-from release_guard.starter import POLICY_NAME
+from release_guard.places import POLICY_NAME
 from release_guard.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -183,9 +184,6 @@ def _write_policy(terminal: Terminal, plan: _Plan) -> None:
 
 def _write_key(terminal: Terminal, plan: _Plan) -> Path:
     """The public key; the private one beside it stays with its owner, outside the repository."""
-    import os  # noqa: PLC0415
-
-    from release_guard.signers.key import PASSWORD_VARIABLE, generate_key  # noqa: PLC0415
     from release_guard.starter import key_folder  # noqa: PLC0415
 
     folder = key_folder(plan.repo)
@@ -193,10 +191,7 @@ def _write_key(terminal: Terminal, plan: _Plan) -> Path:
     if public.exists():
         plan.kept.append(str(folder / "key.pem"))
         return public
-    password = os.environ.get(PASSWORD_VARIABLE)
-    private, public = generate_key(folder, password)
-    if not password:
-        terminal.warn(f"{private}: not encrypted; set {PASSWORD_VARIABLE} first to have it so")
+    private, public = make_key(terminal, folder)
     plan.wrote += [str(private), str(public)]
     return public
 

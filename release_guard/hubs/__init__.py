@@ -5,16 +5,13 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from release_guard.errors import PolicyError
+from release_guard.errors import PolicyError, listed
 from release_guard.manifest import Manifest, Tree
 from release_guard.plugins import Plugin
 from release_guard.release import Receipt, Release
 
 NOTHING = "0" * 40  # the head of a repository that holds nothing yet, as git writes it
 _PART = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
-
-
-_MOST = 3  # revisions and files that a line names
 
 
 @dataclass(frozen=True)
@@ -132,9 +129,9 @@ def moved(repo: str, since: Sequence[Revision], before: Manifest, after: Manifes
         after: What it holds now.
     """
     names = " and ".join(sorted({revision.authors for revision in since}))
-    titles = _some([f'"{revision.title}"' for revision in since])
+    titles = listed([f'"{revision.title}"' for revision in since])
     who = f"{len(since)} revision{'s'[: len(since) != 1]} by {names}: {titles}" if since else ""
-    what = f"changed: {_some(sorted(_differing(before, after)))}" if before != after else ""
+    what = f"changed: {listed(sorted(_differing(before, after)))}" if before != after else ""
     said = "; ".join(part for part in (who, what) if part)
     return (
         f"{repo} moved since this push began{f' ({said})' if said else ''}; run publish again to "
@@ -161,8 +158,3 @@ def require_tag(name: str) -> None:
 
 def _differing(before: Manifest, after: Manifest) -> set[str]:
     return {entry.name for entry in {*before.entries} ^ {*after.entries}}
-
-
-def _some(words: Sequence[str]) -> str:
-    left = len(words) - _MOST
-    return ", ".join(words[:_MOST]) + (f" and {left} more" if left > 0 else "")

@@ -216,7 +216,7 @@ def test_what_a_publisher_writes_moves_no_cursor(
     made.state("resistance", lambda found: found["predicate"].update(nasty))
     assert main(["verify", "model", "--key", "key.pub"]) == 0
     out, _ = capsys.readouterr()
-    assert "  claim          no breach\\x1b[2J\\rintact\\u202e\n" in out
+    assert "  claim          no breach\\u001b[2J\\rintact\\u202e\n" in out
 
 
 def test_a_fingerprint(here: Path, capsys: pytest.CaptureFixture[str], judged: Judged) -> None:

@@ -180,7 +180,7 @@ def test_what_others_wrote_does_nothing_to_a_terminal(serve: Serve, release: Rel
     planned = hub.push(release, REPO).revision
     files = dict(server.repositories[REPO].head.files)
     server.repositories[REPO].commit(files, "\x1b[2J\nerror: gone", author="eve\x1b]0;x\x07")
-    with pytest.raises(PushRefusedError, match=r"by eve\?\]0;x\?") as refused:
+    with pytest.raises(PushRefusedError, match=r"by eve\\u001b\]0;x\\u0007") as refused:
         hub.push(make_release(release.directory, CHANGED, previous=planned), REPO)
     assert str(refused.value).isprintable()
 

@@ -9,6 +9,7 @@ from release_guard.commands.options import _nearest_policy
 from release_guard.commands.shared import default_run
 from release_guard.errors import PolicyError
 from release_guard.preflight import Order, check_order
+from release_guard.starter import key_folder
 
 
 @pytest.fixture
@@ -58,3 +59,15 @@ def test_the_nearest_policy_is_found_up_to_the_repository_s_top(
     assert _nearest_policy() == model / ".github" / "release-guard.toml"
     (model / "release-guard.toml").touch()
     assert _nearest_policy() == model / "release-guard.toml"
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"), [("/x", "/x"), ("", "/home/me/.config"), ("config", "/home/me/.config")]
+)
+def test_private_keys_lie_in_no_repository(
+    given: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative folder of configuration would be one of the repository that is worked in."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("XDG_CONFIG_HOME", given)
+    assert key_folder("acme/vit") == Path(folder, "release-guard/keys/acme--vit")
