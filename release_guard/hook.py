@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from threading import Thread
 
 from release_guard.errors import IntegrityError, ReleaseGuardError
 from release_guard.git import Repository
@@ -50,9 +51,10 @@ def check_push(
     moved = [update for update in updates if not update.deletes]
     if not moved:
         return tuple(map(Checked, updates))
-    trust = Trust(settings.signer([update.commit for update in moved]))
+    commits = [update.commit for update in moved]
     known = [update.before for update in updates if not update.creates]
-    check = _Check(settings.repository, trust, now, known, _tracking(remote, settings))
+    riding = _Riding(settings.repository, commits, known, _tracking(remote, settings))
+    check = _Check(settings.repository, Trust(settings.signer(commits)), now, riding)
     return tuple(Checked(update) if update.deletes else check.update(update) for update in updates)
 
 
@@ -66,13 +68,48 @@ def _tracking(remote: Remote, settings: Settings) -> str | None:
     return remote.name if {*urls, *pushed} == {remote.url} else None
 
 
+class _Riding:
+    """What comes along with each commit: git is asked in a thread while we load and verify."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        commits: Sequence[str],
+        known: Sequence[str],
+        tracking: str | None,
+    ) -> None:
+        self._found: dict[str, list[Arrival] | Exception] = {}
+        self._asking = Thread(target=self._ask, args=(repository, commits, known, tracking))
+        self._asking.start()
+
+    def along_with(self, commit: str) -> list[Arrival]:
+        """The files; raises what asking for them raised."""
+        self._asking.join()
+        found = self._found[commit]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _ask(
+        self,
+        repository: Repository,
+        commits: Sequence[str],
+        known: Sequence[str],
+        tracking: str | None,
+    ) -> None:
+        for commit in commits:
+            try:
+                self._found[commit] = arrivals(repository, commit, known, tracking)
+            except Exception as error:
+                self._found[commit] = error
+
+
 @dataclass(frozen=True)
 class _Check:
     repository: Repository
     trust: Trust
     now: datetime
-    known: Sequence[str]
-    tracking: str | None
+    riding: _Riding
     seen: dict[str, Verification | IntegrityError] = field(default_factory=dict)
 
     def update(self, update: Update) -> Checked:
@@ -83,7 +120,7 @@ class _Check:
             if found.exit_code:
                 problems = tuple(f"{each.state}: {each.message}" for each in found.findings)
                 return Checked(update, commit, found.states, problems, (), found.exit_code)
-            problems = tuple(self._unvouched(commit))
+            problems = tuple(self._unvouched(commit, self.riding.along_with(update.commit)))
         except ReleaseGuardError as error:
             lines = tuple(str(error).splitlines())
             return Checked(update, problems=lines, exit_code=error.exit_code)
@@ -103,11 +140,11 @@ class _Check:
             raise found
         return found
 
-    def _unvouched(self, tip: str) -> list[str]:
+    def _unvouched(self, tip: str, brought: Sequence[Arrival]) -> list[str]:
         """Lines about files that no verified release holds: neither the newest nor their own."""
         lost = [
             arrival
-            for arrival in arrivals(self.repository, tip, self.known, self.tracking)
+            for arrival in brought
             if not (self._vouches(tip, arrival) or self._vouches(arrival.commit, arrival))
         ]
         lines = [

@@ -287,6 +287,33 @@ def test_a_claim_that_expired_is_not_pushed_again(guarded: Bench) -> None:
     assert "evidence-expired: the claim expired on" in refused(guarded, "docs-only:main")
 
 
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("ReleaseGuardError('git: gone')", "refs/heads/main: git: gone"),
+        ("RuntimeError('odd')", "unexpected RuntimeError: odd"),
+        ("SystemExit(0)", "unexpected KeyError"),
+    ],
+)
+def test_what_rides_along_and_cannot_be_asked_for_refuses(
+    guarded: Bench, raised: str, said: str
+) -> None:
+    """It is asked for in a thread, whose errors nobody sees by themselves."""
+    shim = guarded.folder / "bin/release-guard"
+    shim.write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" -P -c "\n'
+        "import sys\n"
+        "from release_guard import hook\n"
+        "from release_guard.cli import main\n"
+        "from release_guard.errors import ReleaseGuardError\n"
+        "def arrivals(*_):\n"
+        f"    raise {raised}\n"
+        "hook.arrivals = arrivals\n"
+        'sys.exit(main())" "$@"\n'
+    )
+    assert said in refused(guarded, "verified:main")
+
+
 def test_pushing_needs_neither_torch_nor_the_hub(guarded: Bench) -> None:
     sha = guarded.git("rev-parse", "verified")
     line = f"refs/heads/x {sha} refs/heads/x {'0' * 40}\n"
