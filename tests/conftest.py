@@ -27,9 +27,9 @@ from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import cast  # noqa: E402
 
-import gitlfs  # noqa: E402
 import pico  # noqa: E402
 import pytest  # noqa: E402
+import realgit  # noqa: E402
 import torch  # noqa: E402
 from engine_jobs import CANARY  # noqa: E402
 
@@ -39,7 +39,7 @@ from release_guard.plugins import Spec  # noqa: E402
 from release_guard.policy import Concept  # noqa: E402
 
 torch.set_num_threads(1)
-gitlfs.put_on_path()
+realgit.put_on_path()
 
 
 def pytest_unconfigure() -> None:

@@ -47,6 +47,13 @@ class Judged:
         return sign(attested, self.signer)
 
 
+def released(home: Path, **changes: Any) -> Judged:
+    """The folder `model` in one, judged as `judge` does and signed with the first key."""
+    made = judge(home / "model", fixed_key(home, 1), **changes)
+    made.release()
+    return made
+
+
 def judge(folder: Path, signer: Signer, *, policy: Policy | None = None, **changes: Any) -> Judged:
     """Pack a folder, each further precision in its own below, and judge it.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import gitlfs
+import realgit
 from judged import fixed_key, judge
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ class Bench:
 def bench(folder: Path) -> Bench:
     """What lies in a folder that `stock` made, or a copy of it."""
     kept = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS") if name in os.environ}
-    path = f"{folder / 'bin'}:/usr/local/bin:/usr/bin:/bin:{gitlfs.folder()}"
+    path = f"{folder / 'bin'}:/usr/local/bin:/usr/bin:/bin:{realgit.folder()}"
     environment = {
         **kept,
         "PATH": path,

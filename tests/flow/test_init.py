@@ -1,12 +1,12 @@
 """A model repository set up with one command: what is found out, what is written, what is kept."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from realgit import git
 
 from release_guard.cli import main
 from release_guard.policy import Policy
@@ -21,11 +21,6 @@ from release_guard.starter import (
 HUB, GITHUB = "https://huggingface.co/acme/vit", "git@github.com:acme/vit-release.git"
 POLICY = ".github/release-guard.toml"
 Made = Callable[..., Path]
-
-
-def git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", folder, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
 
 
 @pytest.fixture

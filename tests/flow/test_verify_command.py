@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from hubserver import Blob, HubServer
-from judged import Judged, fixed_key, judge, write
+from judged import Judged, fixed_key, judge, released, write
 from sigstoreserver import ISSUER, SigstoreServer
 from tampering import Made
 
@@ -30,13 +30,10 @@ CLASSES = ["signature", "weights", "configuration", "documentation", "evidence"]
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
-    home = tmp_path_factory.mktemp("release")
     today = datetime.now(UTC)
     times = {"started_at": today - timedelta(hours=1), "finished_at": today}
     written = {name: time.isoformat() for name, time in times.items()}
-    made = judge(home / "model", fixed_key(home, 1), **written)
-    made.release()
-    return made
+    return released(tmp_path_factory.mktemp("release"), **written)
 
 
 @pytest.fixture(autouse=True)

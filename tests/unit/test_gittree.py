@@ -1,9 +1,9 @@
 import hashlib
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
+from realgit import git
 
 from release_guard.errors import IntegrityError, ReleaseGuardError
 from release_guard.git import Repository
@@ -203,14 +203,3 @@ def test_missing_objects_and_places_are_said(work: Path, tmp_path: Path) -> None
 def commit(folder: Path) -> None:
     git(folder, "add", "-A")
     git(folder, "commit", "-q", "-m", "a change")
-
-
-def git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(  # noqa: S603
-        ["git", *arguments],  # noqa: S607
-        cwd=folder,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout.strip()

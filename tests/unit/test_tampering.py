@@ -9,7 +9,7 @@ import independent_verifier
 import pytest
 from evidence_builder import example_policy
 from goldens import FOLDER
-from judged import NOW, Judged, check, fixed_key, judge, write
+from judged import NOW, Judged, check, fixed_key, released, write
 from make_compat import PRECISIONS, make
 from tampering import CASES, HARMLESS, Made
 
@@ -26,10 +26,7 @@ COMPAT = Path(__file__).parents[1] / "compat"
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
-    home = tmp_path_factory.mktemp("release")
-    made = judge(home / "model", fixed_key(home, 1), policy=example_policy(PRECISIONS))
-    made.release()
-    return made
+    return released(tmp_path_factory.mktemp("release"), policy=example_policy(PRECISIONS))
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from judged import NOW, Judged, fixed_key, judge, write
+from judged import NOW, Judged, released, write
+from realgit import git
 from releases import make_release
 
 from release_guard.errors import HubError, IntegrityError, PolicyError, ReleaseGuardError
@@ -22,10 +23,7 @@ LFS = "*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
-    home = tmp_path_factory.mktemp("release")
-    made = judge(home / "model", fixed_key(home, 1))
-    made.release()
-    return made
+    return released(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture
@@ -46,17 +44,6 @@ def checkout(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> P
     git(folder, "add", ".")
     git(folder, "-c", "user.name=A", "-c", "user.email=a@b.c", "commit", "-qm", "Release")
     return folder
-
-
-def git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(  # noqa: S603
-        ["git", *arguments],  # noqa: S607
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
 
 
 def snapshot(folder: Path, cache: Path, *, without: str = "") -> Path:

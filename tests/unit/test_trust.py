@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judged import NOW, Judged, fixed_key, judge, write
+from judged import NOW, Judged, fixed_key, judge, released, write
 
 from release_guard.attestation import KEY_FILE
 from release_guard.dsse import Envelope
@@ -33,10 +33,7 @@ PLACE = "hf://acme/classifier"
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
-    home = tmp_path_factory.mktemp("release")
-    made = judge(home / "model", fixed_key(home, 1))
-    made.release()
-    return made
+    return released(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture
