@@ -36,6 +36,8 @@ _PLAIN = {
 }
 _NO_PICKLE = (pickle.UnpicklingError, EOFError, LookupError, RuntimeError)
 _InPython: Any = pickle._Unpickler
+_OFFLINE = {"HF_HUB_OFFLINE": "1"}
+"""What it needs of the Hub was fetched before. A branch that moves meanwhile moves nothing here."""
 _FAREWELL = 10.0  # seconds to end its own workers before it is killed
 
 
@@ -79,7 +81,7 @@ def confined(work: Callable[..., Any], *arguments: Any) -> Any:
     ours, theirs = context.Pipe()
     silent = replace(session, progress=None)
     process = context.Process(target=_serve, args=(theirs, work, others, silent))
-    with without_credentials():
+    with without_credentials(**_OFFLINE):
         process.start()
     theirs.close()
     try:

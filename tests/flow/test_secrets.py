@@ -270,6 +270,7 @@ def test_what_works_on_models_knows_no_secret(home: Home, asked: list[str]) -> N
         for secret in (*CANARIES.values(), *home.key.splitlines()[1:-1], "canary9"):
             assert not [True for each in spellings(secret) if each in text.encode()], secret
         assert known["HF_TOKEN_PATH"] == os.devnull
+        assert known["HF_HUB_OFFLINE"] == "1"
         assert known["PATH"] == os.environ["PATH"]
 
 
