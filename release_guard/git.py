@@ -110,6 +110,18 @@ class Repository:
         found = _run([*command, "--git-path", "hooks"], os.environ, b"", root)
         return Path(os.fsdecode(found).removesuffix("\n"))
 
+    def advertised(self, url: str) -> Sequence[str]:
+        """Object ids that a remote says it has refs to; asked as git itself would ask.
+
+        Raises:
+            ReleaseGuardError: It does not answer.
+        """
+        command = ["git", f"--git-dir={self.folder}", "ls-remote", "--", url]
+        environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+        return [
+            line.split("\t")[0] for line in _run(command, environment, b"").decode().splitlines()
+        ]
+
     def reader(self) -> "Objects":
         """Start reading objects; a context that ends with the process that reads them."""
         return Objects(self._command(["cat-file", "--batch"]))

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,10 +154,15 @@ def list_files(repository: Repository, commit: str) -> list[Blob]:
     """Every file of a commit, whatever its kind.
 
     Raises:
-        IntegrityError: A name that is not UTF-8.
+        IntegrityError: A name that is not UTF-8, or one that two files have: readers of such a
+            commit differ in which they take.
     """
     listed = repository.ask("ls-tree", "-r", "-z", "-l", "--full-tree", commit)
-    return [_blob(line) for line in listed.split(b"\0")[:-1]]
+    blobs = [_blob(line) for line in listed.split(b"\0")[:-1]]
+    for name, count in Counter(blob.name for blob in blobs).items():
+        if count > 1:
+            raise IntegrityError(f"{name!a}: stands in the commit {commit[:12]} {count} times")
+    return blobs
 
 
 def read_pointer(content: bytes) -> Pointer | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from release_guard.git import Objects, Repository
 from release_guard.gittree import MAX_PLAIN, read_pointer
-from release_guard.manifest import classify
+from release_guard.manifest import classify, could_be_weights
 
 _MAX_POINTER = 1024  # bytes; git-lfs looks at no larger ones
 _SIZE = re.compile(rb"^size ([0-9]{1,18})$", re.MULTILINE)
@@ -29,9 +29,7 @@ class Arrival:
     digest: str | None
 
 
-def arrivals(
-    repository: Repository, commit: str, known: Sequence[str], tracking: str | None
-) -> list[Arrival]:
+def arrivals(repository: Repository, commit: str, known: Sequence[str]) -> list[Arrival]:
     """Every file in the commits that a push sends which is weights by its name or kept in LFS.
 
     git-lfs uploads what a pointer names whatever the attributes say, and whatever the file is
@@ -42,9 +40,8 @@ def arrivals(
         repository: Where the commits lie.
         commit: That is pushed.
         known: Object ids that the remote has; those not here are of no use.
-        tracking: Remote whose tracking refs tell more of what it has.
     """
-    brought = list(_introduced(repository, _new_commits(repository, commit, known, tracking)))
+    brought = list(_introduced(repository, _new_commits(repository, commit, known)))
     if not brought:
         return []
     sizes = _sizes(repository, {oid for _, _, oid in brought})
@@ -57,13 +54,10 @@ def arrivals(
     return found
 
 
-def _new_commits(
-    repository: Repository, commit: str, known: Sequence[str], tracking: str | None
-) -> bytes:
+def _new_commits(repository: Repository, commit: str, known: Sequence[str]) -> bytes:
     """Object ids, one a line, of what the remote lacks."""
-    seen = ("--not", f"--remotes={tracking}") if tracking else ()
     given = "".join(f"{line}\n" for line in (commit, *(f"^{oid}" for oid in known)))
-    return repository.ask("rev-list", "--ignore-missing", "--stdin", *seen, given=given.encode())
+    return repository.ask("rev-list", "--ignore-missing", "--stdin", given=given.encode())
 
 
 def _introduced(repository: Repository, commits: bytes) -> Iterator[tuple[str, str, str]]:
@@ -93,11 +87,11 @@ def _digests(objects: Objects, name: str, oid: str, size: int) -> Iterator[str |
     kind = classify(name)
     if size > MAX_PLAIN:
         yield None
-    elif size < _MAX_POINTER or kind == "weights":
+    elif size < _MAX_POINTER or could_be_weights(name):
         content = objects.blob(oid, MAX_PLAIN)
         pointed = list(_pointed(content)) if size < _MAX_POINTER else []
         yield from (digest for digest, length in pointed if not _is_picture(kind, length))
-        if kind == "weights" and not pointed:
+        if could_be_weights(name) and not pointed:
             yield hashlib.sha256(content).hexdigest()
 
 

@@ -53,19 +53,9 @@ def check_push(
         return tuple(map(Checked, updates))
     commits = [update.commit for update in moved]
     known = [update.before for update in updates if not update.creates]
-    riding = _Riding(settings.repository, commits, known, _tracking(remote, settings))
+    riding = _Riding(settings.repository, remote, commits, known)
     check = _Check(settings.repository, Trust(settings.signer(commits)), now, riding)
     return tuple(Checked(update) if update.deletes else check.update(update) for update in updates)
-
-
-def _tracking(remote: Remote, settings: Settings) -> str | None:
-    """Name of the remote if its tracking refs tell of the very place that is pushed to.
-
-    Where fetching and pushing go to different places they tell of another one.
-    """
-    urls = settings.values.get(f"remote.{remote.name}.url", ())
-    pushed = settings.values.get(f"remote.{remote.name}.pushurl", ())
-    return remote.name if {*urls, *pushed} == {remote.url} else None
 
 
 class _Riding:
@@ -74,12 +64,13 @@ class _Riding:
     def __init__(
         self,
         repository: Repository,
+        remote: Remote,
         commits: Sequence[str],
         known: Sequence[str],
-        tracking: str | None,
     ) -> None:
+        self._repository, self._remote, self._known = repository, remote, known
         self._found: dict[str, list[Arrival] | Exception] = {}
-        self._asking = Thread(target=self._ask, args=(repository, commits, known, tracking))
+        self._asking = Thread(target=self._ask, args=(commits,))
         self._asking.start()
 
     def along_with(self, commit: str) -> list[Arrival]:
@@ -90,16 +81,24 @@ class _Riding:
             raise found
         return found
 
-    def _ask(
-        self,
-        repository: Repository,
-        commits: Sequence[str],
-        known: Sequence[str],
-        tracking: str | None,
-    ) -> None:
+    def beyond_refs(self, commit: str) -> list[Arrival]:
+        """The same less what the remote has on any other ref, which it is asked for.
+
+        What tracking refs say is no answer: they stay when a ref is gone over there.
+        """
+        try:
+            has = self._repository.advertised(self._remote.url)
+        except ReleaseGuardError as error:
+            raise ReleaseGuardError(
+                f"the push would bring files that no verified release holds, and {self._remote} "
+                f"does not say whether it has them already ({error})"
+            ) from None
+        return arrivals(self._repository, commit, [*self._known, *has])
+
+    def _ask(self, commits: Sequence[str]) -> None:
         for commit in commits:
             try:
-                self._found[commit] = arrivals(repository, commit, known, tracking)
+                self._found[commit] = arrivals(self._repository, commit, self._known)
             except Exception as error:
                 self._found[commit] = error
 
@@ -120,7 +119,7 @@ class _Check:
             if found.exit_code:
                 problems = tuple(f"{each.state}: {each.message}" for each in found.findings)
                 return Checked(update, commit, found.states, problems, (), found.exit_code)
-            problems = tuple(self._unvouched(commit, self.riding.along_with(update.commit)))
+            problems = tuple(self._unvouched(commit, update.commit))
         except ReleaseGuardError as error:
             lines = tuple(str(error).splitlines())
             return Checked(update, problems=lines, exit_code=error.exit_code)
@@ -140,13 +139,11 @@ class _Check:
             raise found
         return found
 
-    def _unvouched(self, tip: str, brought: Sequence[Arrival]) -> list[str]:
+    def _unvouched(self, tip: str, pushed: str) -> list[str]:
         """Lines about files that no verified release holds: neither the newest nor their own."""
-        lost = [
-            arrival
-            for arrival in brought
-            if not (self._vouches(tip, arrival) or self._vouches(arrival.commit, arrival))
-        ]
+        lost = self._lost(tip, self.riding.along_with(pushed))
+        if lost:
+            lost = self._lost(tip, self.riding.beyond_refs(pushed))
         lines = [
             f"{arrival.commit[:12]}: {arrival.name!a}: the push would publish this file, which no "
             "verified release holds; leave the commit out (git rebase), or squash it"
@@ -154,6 +151,13 @@ class _Check:
         ]
         more = len(lost) - len(lines)
         return [*lines, f"and {more} more files like this"] if more else lines
+
+    def _lost(self, tip: str, brought: Sequence[Arrival]) -> list[Arrival]:
+        return [
+            arrival
+            for arrival in brought
+            if not (self._vouches(tip, arrival) or self._vouches(arrival.commit, arrival))
+        ]
 
     def _vouches(self, commit: str, arrival: Arrival) -> bool:
         try:

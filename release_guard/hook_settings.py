@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from release_guard.errors import PolicyError
@@ -16,6 +16,7 @@ KEY, IDENTITY, ISSUER = "release-guard.key", "release-guard.identity", "release-
 REMOTES = "release-guard.remotes"
 OWN_KEY = ".git/release-guard.pub"  # `.git/` is the git folder, also where that lies elsewhere
 _SECTION = "release-guard."
+_FOLDER = "040000"  # mode of a folder in a tree
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,16 @@ class Settings:
         inside = {path for path in map(self._inside, (spelt, key.resolve())) if path}
         if not inside:
             return
-        trees = [("ls-tree", "-z", "--name-only", "--full-tree", commit) for commit in commits]
-        for command in (("ls-files", "-z"), *trees):
-            found = self.repository.ask(
-                *command, "--", *inside, cwd=self.root, GIT_LITERAL_PATHSPECS="1"
+        # A folder on the way may be a link or a submodule, and the commit says what of.
+        above = {str(each) for path in inside for each in PurePosixPath(path).parents} - {"."}
+        trees = [("ls-tree", "-z", "--full-tree", commit) for commit in commits]
+        for command in (("ls-files", "-z", "--stage"), *trees):
+            listed = self.repository.ask(
+                *command, "--", *inside, *above, cwd=self.root, GIT_LITERAL_PATHSPECS="1"
             )
-            if found:
+            entries = [entry.partition("\t") for entry in os.fsdecode(listed).split("\0")[:-1]]
+            modes = {name: about[:6] for about, _, name in entries}
+            if any(modes.get(name, _FOLDER) != _FOLDER for name in (*inside, *above)):
                 raise PolicyError(
                     f"{KEY} names {self._last(KEY)}, which is under version control here: a commit "
                     "must not bring the key that vouches for it. Take a copy that you trust: "

@@ -22,6 +22,9 @@ EVIDENCE_FOLDER = ".release-guard"
 IGNORED = (".git", ".gitattributes", ".github", ".gitignore")  # top level, never part of a release
 _DOCUMENTS = ("*.md", "LICENSE*", "NOTICE*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg")
 _WEIGHTS = ("safetensors", "bin", "pt", "pth", "ckpt", "gguf", "onnx", "h5", "msgpack", "npz")
+_PACKED = ("pkl", "pickle", "npy", "joblib", "tflite", "keras", "pb", "mlmodel", "nemo", "pte",
+           "engine", "tar", "tgz", "gz", "zip", "xz", "bz2", "zst", "7z", "rar")  # fmt: skip
+_TEXTS = frozenset({"json", "jsonl", "md", "txt", "toml", "yaml", "yml", "html", "py"})
 _DOWNLOAD_CACHE = ".cache/huggingface"  # what `hf download --local-dir` leaves beside the files
 _CHUNK = 1 << 18  # bytes read at once: they are hashed while the processor's cache holds them
 
@@ -126,6 +129,16 @@ def classify(name: str) -> FileClass:
     if any(fnmatchcase(base, pattern) for pattern in _DOCUMENTS):
         return "documentation"
     return "configuration"
+
+
+def could_be_weights(name: str) -> bool:
+    """Whether a file of this name may hold weights, wherever it lies and whatever `classify` says.
+
+    Archives and pickles too, and what somebody put aside as `model.safetensors.bak`.
+    """
+    _, *endings = PurePosixPath(name).name.lower().split(".")
+    text = bool(endings) and endings[-1] in _TEXTS
+    return not text and any(each in _WEIGHTS or each in _PACKED for each in endings)
 
 
 def _is_signature(name: str) -> bool:

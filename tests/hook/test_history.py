@@ -1,6 +1,8 @@
 """What rides along below the newest state of a branch."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,6 +145,43 @@ def test_what_the_remote_has_anyway_is_not_asked_again(guarded: Bench) -> None:
     """Its history cannot be undone by refusing a new branch, nor a tag, on it."""
     guarded.git("push", "-q", "--no-verify", "origin", "bad-ancestor:main")
     assert guarded.push("bad-ancestor:refs/heads/again", "tag-bad-ancestor").returncode == 0
+
+
+def test_what_the_remote_once_had_is_not_what_it_has(guarded: Bench) -> None:
+    """The tracking ref of a branch that was deleted over there stays here."""
+    guarded.git("push", "-q", "--no-verify", "origin", "bad-ancestor:refs/heads/raw")
+    guarded.git("update-ref", "-d", "refs/heads/raw", at=guarded.remote)
+    assert guarded.git("rev-parse", "refs/remotes/origin/raw")
+    assert ALONG in refused(guarded, "bad-ancestor:main")
+
+
+def test_a_remote_that_cannot_be_asked_has_nothing(guarded: Bench) -> None:
+    guarded.git("push", "-q", "--no-verify", "origin", "bad-ancestor:refs/heads/raw")
+    line = f"refs/heads/x {guarded.git('rev-parse', 'bad-ancestor')} refs/heads/x {'0' * 40}\n"
+    guarded.git("config", "--add", "release-guard.remotes", "*")
+    for url, code in ((guarded.url, 0), (f"file://{guarded.folder}/gone.git", 1)):
+        command = [sys.executable, "-P", "-m", "release_guard", "hook", "run", "pre-push", "o", url]
+        done = subprocess.run(  # noqa: S603
+            command,
+            cwd=guarded.work,
+            env=guarded.environment,
+            input=line,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+    assert "does not say whether it has them already" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", [".release-guard/raw.safetensors", "raw.pkl", ".github/raw.tar.gz"]
+)
+def test_weights_are_weights_wherever_they_lie_and_however_packed(
+    guarded: Bench, name: str
+) -> None:
+    passing_through(guarded, name, b"undefended")
+    assert ALONG in refused(guarded, "long:main")
 
 
 @pytest.mark.parametrize("how", ["pushurl", "two urls", "by url", "no tracking refs"])

@@ -185,6 +185,26 @@ def test_a_key_that_commits_bring_along_vouches_for_nothing(guarded: Bench, wher
     assert guarded.push("verified:main").returncode == 0
 
 
+@pytest.mark.parametrize("how", ["a submodule", "a link"])
+def test_a_key_beyond_what_a_commit_can_move_vouches_for_nothing(guarded: Bench, how: str) -> None:
+    """The commit holds no key, but says which folder the key is found in."""
+    aside = guarded.folder / "aside"
+    aside.mkdir()
+    shutil.copy(guarded.folder / "keys/1.pub", aside / "k.pub")
+    if how == "a link":
+        (guarded.work / "trust").symlink_to(aside)
+    else:
+        guarded.git("init", "-q", at=aside)
+        guarded.git("add", ".", at=aside)
+        guarded.git("commit", "-qm", "key", at=aside)
+        allowed = ("-c", "protocol.file.allow=always")
+        guarded.git(*allowed, "submodule", "add", "-q", str(aside), "trust")
+    guarded.git("add", "-A")
+    guarded.git("config", "release-guard.key", "trust/k.pub")
+    said = refused(guarded, "verified:main")
+    assert "a commit must not bring the key that vouches for it" in said
+
+
 def test_a_key_in_the_tree_that_git_does_not_know_counts(guarded: Bench) -> None:
     (guarded.work / "mine.pub").write_bytes((guarded.folder / "keys/1.pub").read_bytes())
     guarded.git("config", "release-guard.key", "mine.pub")

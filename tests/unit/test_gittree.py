@@ -45,6 +45,18 @@ def test_a_commit_looks_like_the_folder_it_was_made_of(work: Path) -> None:
     assert tree.read("model.sig") == b"not really\n"
 
 
+def test_a_name_that_stands_there_twice_is_refused(work: Path) -> None:
+    """git show takes the first, a checkout the last."""
+    (work / "other").write_text("{}")
+    one, two = (git(work, "hash-object", "-w", name) for name in ("model.sig", "other"))
+    entries = b"".join(b"100644 config.json\0" + bytes.fromhex(oid) for oid in (one, two))
+    (work / "tree").write_bytes(entries)
+    tree = git(work, "hash-object", "-w", "-t", "tree", "--literally", "tree")
+    commit = git(work, "commit-tree", "-m", "crafted", tree)
+    with pytest.raises(IntegrityError, match=r"^'config.json': stands in the commit .* 2 times"):
+        commit_tree(work, commit)
+
+
 def test_weights_are_not_read(work: Path) -> None:
     for path in (work / ".git/lfs/objects").rglob("*"):
         if path.is_file():
