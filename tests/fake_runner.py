@@ -299,7 +299,14 @@ def read_outputs(text: str) -> dict[str, str]:
 def _check_out(runner: Runner, job: Job, given: Mapping[str, str]) -> dict[str, str]:
     assert given["persist-credentials"] == "false"
     assert runner.checkout is not None, "this job may not check anything out"
-    shutil.copytree(runner.checkout, job.workspace, dirs_exist_ok=True)
+    target = job.workspace / given.get("path", ".")
+    only = given.get("sparse-checkout")
+    if only is None:
+        shutil.copytree(runner.checkout, target, dirs_exist_ok=True)
+    else:
+        assert given["sparse-checkout-cone-mode"] == "false"  # else all files beside it come too
+        (target / only).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(runner.checkout / only, target / only)
     return {}
 
 

@@ -1,6 +1,7 @@
 """Options that commands share, spelt and explained once."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,20 @@ def _nearest_policy() -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+def require_policy(path: Path | None) -> Path:
+    """The policy that was named or found.
+
+    Raises:
+        click.UsageError: Neither.
+    """
+    if path is None:
+        raise click.UsageError(
+            f"no policy: give one with --policy, or put {POLICY_NAME} here or in .github; "
+            "`release-guard init` writes one to begin with"
+        )
+    return path
+
+
 def _policy_option(*, required: bool) -> Callable[[Command], Command]:
     return click.option(
         "--policy",
@@ -56,13 +71,26 @@ def _policy_option(*, required: bool) -> Callable[[Command], Command]:
         show_envvar=True,
         default=_nearest_policy,
         show_default=f"{POLICY_NAME} or .github/{POLICY_NAME}, here or above in the repository",
-        required=required,
+        callback=(lambda _, __, path: require_policy(path)) if required else None,
         metavar="FILE",
         help="What must be denied, what must stay, who attacks.",
     )
 
 
 policy_option, maybe_policy_option = _policy_option(required=True), _policy_option(required=False)
+
+
+def _as_digest(_: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
+        raise click.BadParameter("not a SHA-256: 64 digits of 0-9 and a-f", param=option)
+    return value
+
+
+def digest_option(name: str, text: str) -> Callable[[Command], Command]:
+    """An option that takes a SHA-256 in hex."""
+    return click.option(name, metavar="HEX", callback=_as_digest, help=text)
+
+
 base_option = click.option(
     "--base", metavar="SOURCE", help="Undefended original, where SOURCE was immunized elsewhere."
 )

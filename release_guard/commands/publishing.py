@@ -11,16 +11,19 @@ from release_guard.commands.options import (
     as_is_option,
     base_option,
     common,
+    digest_option,
     engine_options,
     maybe_policy_option,
     output_option,
     policy_option,
+    require_policy,
     workers_option,
 )
 from release_guard.commands.shared import (
     REFUSED,
     agreement,
     default_run,
+    digest_of,
     load_policy,
     need_torch,
     now,
@@ -31,13 +34,11 @@ from release_guard.errors import PolicyError
 from release_guard.terminal import Terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from release_guard.changes import Changes
     from release_guard.deliver import Packed, Published
     from release_guard.policy import Policy
-
-_ONE_OF_TWO = "give SOURCE and --policy, or --candidate and --expect-root and neither of those"
 
 
 @click.command()
@@ -57,10 +58,8 @@ _ONE_OF_TWO = "give SOURCE and --policy, or --candidate and --expect-root and ne
     metavar="DIR",
     help="Instead of SOURCE: what --stop-after pack left. Judged again, signed, sent.",
 )
-@click.option("--expect-root", metavar="HEX", help="Payload root that the candidate must have.")
-@click.option(
-    "--expect-policy", metavar="HEX", help="SHA-256 of the policy that it must have been judged by."
-)
+@digest_option("--expect-root", "Payload root that the candidate must have.")
+@digest_option("--expect-policy", "SHA-256 of the policy that it must have been judged by.")
 @click.option("--tag", metavar="NAME", help="Tag for the pushed revision, such as v1.0.")
 @click.option("--yes", is_flag=True, help="Delete files there that no signed release put there.")
 @as_is_option
@@ -68,9 +67,9 @@ _ONE_OF_TWO = "give SOURCE and --policy, or --candidate and --expect-root and ne
 @workers_option
 @engine_options
 @common
-@click.pass_obj
+@click.pass_context
 def publish(  # noqa: PLR0913  click hands over one argument an option
-    terminal: Terminal,
+    context: click.Context,
     /,
     *,
     source: str | None,
@@ -91,8 +90,10 @@ def publish(  # noqa: PLR0913  click hands over one argument an option
 ) -> int:
     """Immunize SOURCE, attack it, and push it to OWNER/NAME if the policy's gate lets it.
 
-    SOURCE is a folder, or OWNER/NAME@REVISION of the Hugging Face Hub.
+    SOURCE is a folder, or OWNER/NAME@REVISION of the Hugging Face Hub. With --candidate, --policy
+    says which one it must have been judged by.
     """
+    terminal: Terminal = context.obj
     from release_guard.hubs import require_repo_id, require_tag  # noqa: PLC0415
 
     require_repo_id(repo)
@@ -102,12 +103,19 @@ def publish(  # noqa: PLR0913  click hands over one argument an option
     if candidate is not None:
         from release_guard.deliver import open_candidate  # noqa: PLC0415
 
-        _require_alone(source, stop_after, base, expect_root, dry_run=dry_run, as_is=as_is)
-        packed = open_candidate(candidate, root=expect_root, policy_digest=expect_policy)
+        given = {"SOURCE": source, "--stop-after": stop_after, "--base": base, "--dry-run": dry_run}
+        _require_judged(expect_root, {**given, "--as-is": as_is})
+        asked = {expect_policy, _asked_policy(context, policy_path)} - {None}
+        if len(asked) > 1:
+            raise click.UsageError("--policy and --expect-policy name two policies; give one")
+        digest = next(iter(asked), None)
+        packed = open_candidate(candidate, root=expect_root, policy_digest=digest)
         return _publish_candidate(terminal, packed, repo, tag, agree)
-    if source is None or policy_path is None or expect_root or expect_policy:
-        raise click.UsageError(_ONE_OF_TWO)
-    policy = load_policy(policy_path)
+    if source is None:
+        raise click.UsageError("give SOURCE, or --candidate with what --stop-after pack left")
+    if expect_root or expect_policy:
+        raise click.UsageError("--expect-root and --expect-policy go with --candidate")
+    policy = load_policy(require_policy(policy_path))
     from release_guard import publish as flow  # noqa: PLC0415
     from release_guard.preflight import Order  # noqa: PLC0415
 
@@ -118,10 +126,23 @@ def publish(  # noqa: PLR0913  click hands over one argument an option
     return _tell(terminal, published, repo, dry_run=dry_run)
 
 
-def _require_alone(*others: object, **switches: bool) -> None:
-    *unwanted, root = others
-    if root is None or any(unwanted) or any(switches.values()):
-        raise click.UsageError(_ONE_OF_TWO)
+def _require_judged(root: str | None, others: "Mapping[str, object]") -> None:
+    """Refuse what would have to be known before a candidate was judged."""
+    if root is None:
+        raise click.UsageError(
+            "--candidate needs --expect-root, the payload root that judging it gave"
+        )
+    if given := [name for name, value in others.items() if value]:
+        raise click.UsageError(f"--candidate was judged already; leave out {', '.join(given)}")
+
+
+def _asked_policy(context: click.Context, path: Path | None) -> str | None:
+    """Digest of the policy that somebody named; one that only lies near is not asked for."""
+    named = context.get_parameter_source("policy_path") in {
+        click.core.ParameterSource.COMMANDLINE,
+        click.core.ParameterSource.ENVIRONMENT,
+    }
+    return digest_of(path) if named and path is not None else None
 
 
 def _publish_candidate(

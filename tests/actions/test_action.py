@@ -23,6 +23,7 @@ def publish(runner: Runner, judged: Judged, **changes: str) -> Job:
         "mode": "publish",
         "repo": REPO,
         "candidate": str(folder),
+        "policy": str(folder / ".release-guard/policy.toml"),
         "expect-root": payload.root,
     }
     return runner.use(ROOT, {**inputs, **changes})
@@ -220,7 +221,8 @@ END
     begin = ["publish", "--json", f"--repo={value}"]
     end = [f"--policy={policy}", f"--output={run}", "--stop-after=pack", "--", value]
     assert found[0] == ["", *begin, *end]
-    assert found[1] == [value, *begin, f"--candidate={value}", f"--expect-root={value}"]
+    expected = [f"--candidate={value}", f"--expect-root={value}", f"--policy={policy}"]
+    assert found[1] == [value, *begin, *expected]
 
 
 def test_what_a_model_prints_is_no_command(runner: Runner) -> None:

@@ -77,6 +77,7 @@ printf '%s\\n' payload-root={root} "candidate=$RUNNER_TEMP/release" \\
 """
     checkout = runner.folder.with_name("checkout")
     checkout.mkdir()
+    shutil.copy(judged.candidate.directory / ".release-guard/policy.toml", checkout)
     replaced = {**runner.replaced, "judge/guard": script}
     return replace(runner, checkout=checkout, replaced=replaced)
 
@@ -109,6 +110,7 @@ def test_no_key_is_needed_either(
         options = f'''hub = "huggingface"
 signer = {{ name = "sigstore", identity = "{signer.identity}", issuer = "{ISSUER}" }}'''
         pack(tmp_path / "packed", signer, options)
+        shutil.copy(tmp_path / "packed/.release-guard/policy.toml", handing.checkout)
         variables = {
             "HF_ENDPOINT": hub.url,
             "HF_HUB_DISABLE_XET": "1",
@@ -138,6 +140,19 @@ def test_what_changed_between_the_jobs_is_not_published(
 
     publish = replace(handing, between=change).run(workflow())["publish"]
     assert publish.step("guard").code in {2, 4}, publish.log
+    assert hub.writes() == []
+
+
+def test_a_laxer_policy_than_the_one_checked_out_is_not_published(
+    handing: Runner, hub: TrustedHub
+) -> None:
+    """The job that judged runs the model's code, and could have written one."""
+    assert handing.checkout is not None
+    asked = handing.checkout / "policy.toml"
+    asked.write_text(asked.read_text().replace("kappa = 5.0", "kappa = 50.0"))
+    publish = handing.run(workflow())["publish"]
+    assert publish.step("guard").code == 4, publish.log
+    assert "not packed by the policy that was asked for" in publish.log
     assert hub.writes() == []
 
 

@@ -70,17 +70,54 @@ def test_anything_else_than_expected_publishes_nothing(
     assert not (tmp_path / "hub").exists()
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_policy_that_is_named_is_the_one_that_must_have_judged(
+    judged: Judged, tmp_path: Path, capsys: pytest.CaptureFixture[str], *, strict: bool
+) -> None:
+    packed = (judged.candidate.directory / ".release-guard/policy.toml").read_text()
+    asked = tmp_path / "asked.toml"
+    asked.write_text(packed.replace("kappa = 5.0", "kappa = 50.0") if strict else packed)
+    assert publish(judged, "--policy", str(asked)) == (4 if strict else 0)
+    err = capsys.readouterr().err
+    assert ("not packed by the policy that was asked for" in err) == strict
+
+
+HEX = "0" * 64
+CANDIDATE = ["--candidate", "candidate", "--expect-root", HEX]
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "said"),
     [
-        ["--candidate", "candidate"],
-        ["--candidate", "candidate", "--expect-root", "0" * 64, "--as-is"],
-        ["model", "--candidate", "candidate", "--expect-root", "0" * 64],
-        ["model", "--policy", "policy.toml", "--expect-policy", "0" * 64],
+        ([], "give SOURCE, or --candidate"),
+        (["--candidate", "candidate"], "--candidate needs --expect-root"),
+        (["--candidate", "candidate", "--expect-root", "zz"], "not a SHA-256"),
+        ([*CANDIDATE, "--as-is"], "judged already; leave out --as-is"),
+        (["model", *CANDIDATE], "judged already; leave out SOURCE"),
+        ([*CANDIDATE, "--base", "b", "--dry-run"], "judged already; leave out --base, --dry-run"),
+        (["model", "--policy", "policy.toml", "--expect-policy", HEX], "go with --candidate"),
+        (["model"], "no policy: give one with --policy"),
     ],
 )
 def test_what_does_not_go_together(
-    judged: Judged, arguments: list[str], capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(["publish", "--repo", REPO, *arguments]) == 2
-    assert "--candidate and --expect-root" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["attack", "immunize", "plan"])
+def test_without_a_policy_nothing_is_tried(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "model"]) == 2
+    assert "no policy: give one with --policy" in capsys.readouterr().err
