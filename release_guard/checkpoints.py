@@ -20,6 +20,7 @@ from release_guard import artefacts
 from release_guard.errors import ModelError, brief
 from release_guard.policy import Precision
 
+WEIGHTS = "model.safetensors"  # as transformers names them
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _UNLOADABLE = (  # what libraries raise of configurations that make no sense
     *(OSError, ValueError, RuntimeError, LookupError, ImportError),
@@ -53,7 +54,7 @@ def load(
     """
     config = configuration(source, folder, artefact)
     name = _architecture(source, config, architectures, modality)
-    check_weights(source, folder, index="model.safetensors.index.json")
+    check_weights(source, folder)
     artefacts.check_numbers(source, folder, artefact)
     attention = "sdpa" if getattr(transformers, name)._supports_sdpa else "eager"
     try:
@@ -253,24 +254,18 @@ def read_json(source: str, path: Path) -> dict[str, Any]:
     return content
 
 
-def check_weights(source: str, folder: Path, *, index: str) -> None:
+def check_weights(source: str, folder: Path, *, single: str = WEIGHTS) -> None:
     """Open every file of weights, without reading them.
 
     Args:
         source: What the user wrote, for messages.
         folder: Where they lie.
-        index: Name of the file that lists them, if there are several.
+        single: As `weight_files` takes it.
 
     Raises:
-        ModelError: There are none, none but pickles, or one is damaged.
+        ModelError: As of `weight_files`, or one is damaged.
     """
-    names = {path.name for path in folder.iterdir()}
-    wanted = {name for name in names if name.endswith(".safetensors")}
-    if index in names:
-        wanted = _listed(source, folder / index)
-    if not wanted:
-        raise ModelError(f"{source}: {_no_weights(names)}")
-    for name in sorted(wanted):
+    for name in sorted(weight_files(source, folder, single=single)):
         try:
             with safe_open(folder / name, framework="pt") as file:
                 file.keys()
@@ -279,6 +274,32 @@ def check_weights(source: str, folder: Path, *, index: str) -> None:
             raise ModelError(
                 f"{source}: {name} is damaged or missing ({reason}); fetch it again"
             ) from None
+
+
+def weight_files(source: str, folder: Path, *, single: str = WEIGHTS) -> frozenset[str]:
+    """Names of the files in a folder that whoever loads it reads weights from, and from no others.
+
+    Args:
+        source: What the user wrote, for messages.
+        folder: Where they lie.
+        single: Name of the file, where it is one; where there are several, `single`.index.json
+            lists them.
+
+    Raises:
+        ModelError: There are none, none but pickles, or both forms: libraries differ in which they
+            then read.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    index = f"{single}.index.json"
+    if {single, index} <= names:
+        raise ModelError(
+            f"{source}: holds both {single} and {index}, and libraries differ in which they read; "
+            "remove one"
+        )
+    wanted = _listed(source, folder / index) if index in names else names & {single}
+    if not wanted:
+        raise ModelError(f"{source}: {_no_weights(names)}")
+    return frozenset(wanted)
 
 
 def _listed(source: str, index: Path) -> set[str]:

@@ -5,10 +5,12 @@ splits, and rows in another order give the same splits, batches and digest.
 """
 
 import hashlib
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import datasets
@@ -93,7 +95,7 @@ class Table:
         request = _request(source)
         datasets.disable_progress_bars()
         try:
-            rows = datasets.load_dataset(**request, split="train")
+            rows = datasets.load_dataset(**request, split="train", cache_dir=_cache(source))
         except (*_UNREADABLE, datasets.exceptions.DatasetsError) as error:
             reason = brief(error.__cause__ or error)
             what = f"empty, or cannot be read as a data set ({reason})"
@@ -218,6 +220,23 @@ def _request(source: str) -> dict[str, Any]:
         kinds = ", ".join(_BUILDERS)
         raise ModelError(f"{source}: not a data set; use a folder or one of {kinds}")
     return {"path": builder, "data_files": str(path)}
+
+
+def _cache(source: str) -> str:
+    """Where `datasets` keeps what it made of these files, and of no others.
+
+    It would know them by name and time of change, and both stay when a file is copied over another.
+    What the system says of an inode nobody can set back.
+    """
+    path = local_data(source)
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    seen = [(str(file), *_identity(file.stat())) for file in files]
+    mark = hashlib.sha256(repr(seen).encode()).hexdigest()
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "release-guard" / mark)
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _position(content: bytes) -> float:

@@ -18,7 +18,7 @@ from release_guard.manifest import EVIDENCE_FOLDER, Manifest, hash_directory
 from release_guard.modalities import Modality
 from release_guard.policy import Policy
 from release_guard.preflight import Order
-from release_guard.preparation import apply_stages, open_run, prepare
+from release_guard.preparation import apply_stages, open_run, prepare, require_attacked
 from release_guard.redteam import red_team
 from release_guard.release import Candidate, Check, Result, Verdict
 from release_guard.report import render
@@ -145,6 +145,9 @@ def pack(
     folders = {each: _folder_of(each, run) for each in parts}
     payloads = {each: _as_attacked(folder, each.root) for each, folder in folders.items()}
     _as_attacked(run.immunized, evidence.immunized)
+    modality = Modality.build(order.policy.modality)
+    for each, payload in payloads.items():
+        require_attacked(modality, folders[each], payload)
     _require_nothing_private(run, [*payloads.values(), hash_directory(local_folder(order.source))])
     report = render(evidence, verdict, order.policy, title=order.repo).encode()
     run.write(run.report.name, report)

@@ -12,6 +12,7 @@ from release_guard.evidence import Arm, Origin, ScoredSplit, Trial
 from release_guard.manifest import Manifest, hash_directory
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, MergeTarget, Policy, Precision, Target
+from release_guard.sources import local_folder
 from release_guard.statistics import REFUTING_SEEDS
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def _never_knew_root(undefended: Path, policy: Policy) -> str:
         manifest = hash_directory(undefended)
         files = (entry for entry in manifest.entries if entry.kind == "configuration")
         return Manifest.of(files).root
-    return hash_directory(Path(named)).payload.root
+    return _named_root(named)
 
 
 def _data_digest(base: "ModelHandle", target: Target, policy: Policy) -> str:
@@ -198,5 +199,5 @@ def _data_digest(base: "ModelHandle", target: Target, policy: Policy) -> str:
 
 
 def _named_root(source: str) -> str:
-    """A revision of the Hub names its own content."""
-    return hash_directory(Path(source)).payload.root if Path(source).is_dir() else source
+    """Of what lies there now: a branch or a tag of the Hub may name other files tomorrow."""
+    return hash_directory(local_folder(source)).payload.root

@@ -29,7 +29,7 @@ _CLASSES = {
     "unet": "UNet2DConditionModel",
 }
 _LIBRARIES = {"diffusers", "transformers"}
-_WEIGHTS_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"  # as diffusers names them
 _PREDICTIONS = ("epsilon", "v_prediction")
 
 
@@ -105,6 +105,20 @@ def fresh(network: Any, *, seed: int) -> Network:
     parameter = next(network.parameters())
     twin = Network(copy.deepcopy(network.vae), text_encoder, unet)
     return twin.eval().to(device=parameter.device, dtype=parameter.dtype)
+
+
+def weight_files(folder: Path) -> frozenset[str]:
+    """Names of the files of a pipeline that `load` reads weights from.
+
+    Raises:
+        ModelError: A part has none, or is not unambiguous.
+    """
+    parts = {"vae": _WEIGHTS, "text_encoder": checkpoints.WEIGHTS, "unet": _WEIGHTS}
+    return frozenset(
+        f"{part}/{name}"
+        for part, single in parts.items()
+        for name in checkpoints.weight_files(str(folder / part), folder / part, single=single)
+    )
 
 
 def _index(source: str, folder: Path) -> dict[str, Any]:
@@ -194,7 +208,7 @@ def _on_cpu(kind: Any) -> Any:
 
 def _part(source: str, folder: Path, kind: Any, artefact: Precision | None = None) -> nn.Module:
     checkpoints.configuration(source, folder, artefact)
-    checkpoints.check_weights(source, folder, index=_WEIGHTS_INDEX)
+    checkpoints.check_weights(source, folder, single=_WEIGHTS)
     artefacts.check_numbers(source, folder, artefact)
     try:
         with quiet(), _without_gpu():

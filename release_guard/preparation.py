@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from release_guard import SUITE, card
-from release_guard.errors import ModelError, PolicyError
+from release_guard.errors import ModelError, PolicyError, listed
 from release_guard.evidence import Cost, StageReport
-from release_guard.manifest import hash_directory
+from release_guard.manifest import Manifest, could_be_weights, hash_directory
 from release_guard.modalities import Modality, settle_threads
 from release_guard.phases import data_digests
 from release_guard.policy import Policy, Precision
@@ -109,6 +109,8 @@ def open_run(order: Order, output: Path, session: Session) -> Opened:
     card.check(source)
     modality = Modality.build(order.policy.modality)
     base = modality.load(str(undefended))
+    if order.as_is or not order.policy.stages:
+        require_attacked(modality, source, hash_directory(source))
     settle_threads(base, session.workers)
     check_data(base, order.policy)
     check_relatives(base, order.policy, ancestor)
@@ -121,6 +123,26 @@ def open_run(order: Order, output: Path, session: Session) -> Opened:
         Run.claim(output, about).write(Run(output).policy.name, order.policy.source)
     wait()
     return Opened(modality, source, undefended, ancestor, base, Run(output))
+
+
+def require_attacked(modality: Modality, folder: Path, manifest: Manifest) -> None:
+    """Refuse a folder with more weights than those that are loaded, and so attacked.
+
+    Args:
+        modality: Knows what is loaded.
+        folder: Would be published as it is.
+        manifest: Of all its files.
+
+    Raises:
+        ModelError: There are others, under whatever name.
+    """
+    read = modality.weights(folder)
+    names = [entry.name for entry in manifest.payload.entries if entry.name not in read]
+    if stray := [name for name in names if could_be_weights(name)]:
+        raise ModelError(
+            f"{folder}: {listed(stray)} may hold weights that nobody would have attacked, and "
+            "would be published with the model; move them out"
+        )
 
 
 def apply_stages(

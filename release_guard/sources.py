@@ -14,6 +14,7 @@ from release_guard.policy import HUB_PREFIX, Policy
 
 _MODEL = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 _DATA = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _DATA_PREFIX = f"{HUB_PREFIX}datasets/"
 _KINDS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
 _SPARE = ["*.fp16.*", "*.non_ema.*"]  # the same weights again, which nobody would attack
@@ -103,11 +104,13 @@ def _fetch(
     but: list[str] | None = None,
 ) -> Path:
     import huggingface_hub  # noqa: PLC0415  half a second to import
+    from httpx2 import HTTPError  # noqa: PLC0415
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
     from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415
 
     disable_progress_bars()
     try:
+        wanted = None if _is_settled(match["revision"]) else _commit(match, kind)
         folder: str = huggingface_hub.snapshot_download(
             match["repo"],
             repo_type=kind,
@@ -116,8 +119,29 @@ def _fetch(
             ignore_patterns=but,
             dry_run=False,
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         what = "data set" if kind == "dataset" else "model"
         reason = brief(error)
         raise ModelError(f"{source}: the Hub does not give this {what}: {reason}") from error
+    if wanted not in {None, Path(folder).name}:
+        advice = f"run the same command again, or name the commit: @{wanted}"
+        raise ModelError(f"{source}: has moved, or what is in the cache is older; {advice}")
     return Path(folder)
+
+
+def _is_settled(revision: str) -> bool:
+    """Whether nobody needs to ask the Hub what it names: a commit, or what was fetched before.
+
+    Without an answer its client takes whatever it fetched once. Only who works offline, such as
+    the process that works on models, means that.
+    """
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    return constants.HF_HUB_OFFLINE or bool(_COMMIT.fullmatch(revision))
+
+
+def _commit(match: re.Match[str], kind: Literal["model", "dataset"]) -> str:
+    from huggingface_hub import HfApi  # noqa: PLC0415
+
+    revision = match["revision"]
+    return str(HfApi().repo_info(match["repo"], repo_type=kind, revision=revision).sha)

@@ -232,6 +232,14 @@ class Modality(Plugin):
         """
 
     @abstractmethod
+    def weights(self, folder: Path) -> frozenset[str]:
+        """Names of the files in a local folder that `load` reads weights from.
+
+        Raises:
+            ModelError: There are none, or not unambiguously.
+        """
+
+    @abstractmethod
     def save_at(self, source: Path, directory: Path, precision: Precision) -> None:
         """Write what `quantization.at` is at a precision, loadable by anyone.
 

@@ -5,6 +5,7 @@ Shapes: B sequences, T positions, N scored tokens, V vocabulary entries, F featu
 
 import copy
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,6 +84,9 @@ class CausalLm(Modality):
         model = LanguageModel(module, _tokenizer(source, folder), self)
         return as_artefact(source, model, artefact)
 
+    def weights(self, folder: Path) -> frozenset[str]:
+        return checkpoints.weight_files(str(folder), folder)
+
     def save_at(self, source: Path, directory: Path, precision: Precision) -> None:
         model = self.load(str(source))
         checkpoints.save_at(
@@ -106,6 +110,7 @@ class LanguageModel(ModelHandle):
         self._tokenizer = tokenizer
         self._modality = modality
         columns = texts.Columns(**modality.model_dump(exclude={"max_length"}))
+        self._longest = modality.max_length  # a frame may make its own prompts longer
         self._reader = _Reader(columns, modality.max_length, tokenizer, module.config)
         # shared between copies
         self._texts: Callable[[str], _Texts] = functools.cache(self._reader)
@@ -131,7 +136,9 @@ class LanguageModel(ModelHandle):
             return [score for some in self._together(examples) for score in self._scores(some)]
 
     def digest(self, dataset: str) -> str:
-        return self._texts(dataset).catalogue.digest
+        """SHA-256 over the contents of a data set's examples and over how much of each is read."""
+        parts = (self._texts(dataset).catalogue.digest, str(self._longest))
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def overlap(self, dataset: str, other: str) -> Overlap:
         mine, theirs = self._texts(dataset), self._texts(other)

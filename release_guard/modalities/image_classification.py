@@ -59,6 +59,9 @@ class ImageClassification(Modality):
         model = ImageClassifier(module, _processor(source, folder, module), self)
         return as_artefact(source, model, artefact)
 
+    def weights(self, folder: Path) -> frozenset[str]:
+        return checkpoints.weight_files(str(folder), folder)
+
     def save_at(self, source: Path, directory: Path, precision: Precision) -> None:
         model = self.load(str(source))
         checkpoints.save_at(

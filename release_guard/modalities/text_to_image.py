@@ -65,6 +65,9 @@ class TextToImage(Modality):
         model = TextToImageModel(pipelines.load(source, artefact=artefact), judge, self)
         return as_artefact(source, model, artefact)
 
+    def weights(self, folder: Path) -> frozenset[str]:
+        return pipelines.weight_files(folder)
+
     def save_at(self, source: Path, directory: Path, precision: Precision) -> None:
         model = self.load(str(source))
         names = names_to_pack(source, model, precision)

@@ -1,5 +1,6 @@
 """The whole flow on pico models: what is refused, what goes out, what a kill leaves behind."""
 
+import json
 import os
 import shutil
 import signal
@@ -214,6 +215,37 @@ def test_a_concept_that_overlaps_the_retained_data_stops_before_any_work(
     with pytest.raises(ModelError, match=r"same: 100\.0% of its examples"):
         publish(Order(str(classifier_folder), REPO, policy), tmp_path / "runs" / "a", session())
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "stray",
+    ["original/model.safetensors", "pytorch_model.bin", "model.fp16.safetensors", "optimizer.pt",
+     "old.tar.gz", "model.safetensors.bak"],
+)  # fmt: skip
+def test_weights_that_nobody_would_attack_do_not_go_out_beside_those_that_pass(
+    image_data: Path, classifier_folder: Path, tmp_path: Path, stray: str
+) -> None:
+    """The loader reads `model.safetensors` alone; a consumer may ask for a subfolder."""
+    model = shutil.copytree(classifier_folder, tmp_path / "model")
+    (model / stray).parent.mkdir(exist_ok=True)
+    shutil.copyfile(classifier_folder / "model.safetensors", model / stray)
+    order = Order(str(model), REPO, make_policy(tmp_path, image_data), as_is=True)
+    with pytest.raises(ModelError, match="may hold weights that nobody would have attacked") as no:
+        publish(order, tmp_path / "runs" / "a", session())
+    assert stray in str(no.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_forms_of_the_same_weights_are_ambiguous(
+    image_data: Path, classifier_folder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(classifier_folder, tmp_path / "model")
+    shutil.copyfile(model / "model.safetensors", model / "one.safetensors")
+    listed = json.dumps({"weight_map": {"x": "one.safetensors"}})
+    (model / "model.safetensors.index.json").write_text(listed)
+    order = Order(str(model), REPO, make_policy(tmp_path, image_data), as_is=True)
+    with pytest.raises(ModelError, match=r"holds both model\.safetensors and"):
+        publish(order, tmp_path / "runs" / "a", session())
 
 
 def test_a_crashing_attack_is_recorded_and_never_passes(

@@ -114,6 +114,13 @@ def test_score_of_a_choice_is_whether_the_right_one_is_likeliest(
     assert scored(handle, tmp_path, *rows) == [0, 1]
 
 
+def test_how_much_is_read_is_part_of_the_data(lm_folder: Path, text_data: Path) -> None:
+    """Else a ledger would answer one policy with what another one's trials came to."""
+    data = str(text_data / "retained.jsonl")
+    digests = {CausalLm(max_length=at).load(str(lm_folder)).digest(data) for at in (8, 16, 256)}
+    assert len(digests) == 3
+
+
 def test_choices_are_compared_per_token(handle: LanguageModel, tmp_path: Path) -> None:
     even = handle.copy()
     with torch.no_grad():

@@ -1,4 +1,5 @@
 import csv
+import os
 from collections import Counter
 from pathlib import Path
 from typing import get_args
@@ -214,6 +215,18 @@ def test_file_that_is_no_data_set(tmp_path: Path, name: str, content: bytes, mes
         Table.read(str(path))
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_other_content_with_the_same_time_of_change_is_other_data(tmp_path: Path) -> None:
+    """As `cp -p` and archives leave it; `datasets` itself would give the old rows."""
+    path = tmp_path / "some.csv"
+    path.write_text("text\nold\n")
+    before = path.stat()
+    assert Table.read(str(path)).column("text", option="column") == ["old"]
+    path.write_text("text\nnew\n")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert Table.read(str(path)).column("text", option="column") == ["new"]
+    assert Table.read(str(tmp_path)).column("text", option="column") == ["new"]
 
 
 def test_empty_folder(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The trials of a phase: what fixes their keys."""
 
+import shutil
 from pathlib import Path
 
 import pico
 import pytest
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from release_guard.manifest import hash_directory
 from release_guard.modalities import Modality, ModelHandle
@@ -65,8 +67,6 @@ def test_a_merges_key_follows_all_that_goes_into_it(
         keys.append(now())
     keys.append(now(donor_dataset=target.dataset))
     keys.append(now(dataset=target.donor_dataset))
-    keys.append(now(donor="hf://someone/donor@1"))
-    keys.append(now(donor="hf://someone/donor@2"))
     assert len(set(keys)) == len(keys)
 
 
@@ -93,3 +93,35 @@ def test_a_merge_target_that_names_its_base_needs_no_other_ancestor(
 
     assert ancestors(target) == {""}
     assert ancestors(named) == ancestors(concept) == {root}
+
+
+def cached(repo: str, folder: Path, number: int) -> None:
+    """What a branch of the Hub names from now on, as its client keeps it."""
+    cache = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    commit = f"{number:040x}"
+    shutil.copytree(folder, cache / "snapshots" / commit, dirs_exist_ok=True)
+    (cache / "refs").mkdir(exist_ok=True)
+    (cache / "refs" / "main").write_text(commit)
+
+
+def test_a_branch_of_the_hub_that_moved_is_another_donor(
+    model: ModelHandle, policy: Policy, target: MergeTarget, classifier_folder: Path
+) -> None:
+    donor, base = Path(target.donor), Path(str(target.base))
+    on_hub = target.model_copy(update={"donor": "hf://acme/donor@main"})
+    keys = []
+    for number, folder in enumerate((donor, base, donor)):
+        cached("acme/donor", folder, number)
+        keys.append(key(model, policy, on_hub, classifier_folder))
+    assert keys[0] == keys[2] == key(model, policy, target, classifier_folder)
+    assert keys[0] != keys[1]
+
+
+def test_a_model_that_never_knew_may_lie_on_the_hub(
+    model: ModelHandle, policy: Policy, target: MergeTarget, classifier_folder: Path
+) -> None:
+    cached("acme/never", Path(target.donor), 3)
+    red_team = policy.red_team.model_copy(update={"never_knew": "hf://acme/never@main"})
+    changed = policy.model_copy(update={"red_team": red_team})
+    ground = Ground.of(model, Folders(classifier_folder, classifier_folder), changed)
+    assert ground.roots["never_knew"] == hash_directory(Path(target.donor)).payload.root

@@ -90,6 +90,24 @@ def test_data_of_another_revision_are_no_substitute() -> None:
         Table.read("hf://datasets/acme/texts@new")
 
 
+def test_a_branch_is_asked_for_and_a_commit_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the Hub does not answer, its client takes what it fetched once, without a word."""
+    cached_data("acme/texts", old="first")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert local_data(f"hf://datasets/acme/texts@{'0' * 40}").name == "0" * 40
+    with pytest.raises(ModelError, match="the Hub does not give this data set"):
+        local_data("hf://datasets/acme/texts@old")
+
+
+def test_a_branch_that_moves_is_not_taken_for_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    cached_data("acme/texts", old="first")
+    monkeypatch.setattr("release_guard.sources._is_settled", lambda _: False)
+    monkeypatch.setattr("release_guard.sources._commit", lambda *_: "a" * 40)
+    with pytest.raises(ModelError, match="has moved, or what is in the cache is older"):
+        local_data("hf://datasets/acme/texts@old")
+
+
 def test_what_is_here_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()
