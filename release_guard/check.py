@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from release_guard.errors import PolicyError, printable
 from release_guard.hubs import Hub
-from release_guard.plugins import Plugin, Spec
+from release_guard.plugins import Plugin, Spec, advise
 from release_guard.policy import HUB_PREFIX, Policy
 from release_guard.signers import Signer
 from release_guard.sources import named_in
@@ -15,7 +15,7 @@ from release_guard.sources import named_in
 def problems(policy: Policy) -> list[str]:
     """One line a problem; options of models, stages and attacks are seen only `with_torch()`."""
     wrong = [*_wrong_options(policy)]
-    return [*(wrong or _wrong_kinds(policy)), *_missing_files(policy)]
+    return [*(wrong or _wrong_kinds(policy)), *_wrong_names(policy), *_missing_files(policy)]
 
 
 def with_torch() -> bool:
@@ -50,6 +50,27 @@ def _heavy(policy: Policy) -> Iterator[tuple[type[Plugin], Spec, str]]:
     yield Modality, policy.modality, "modality"
     yield from ((Stage, spec, f"stages[{place}]") for place, spec in enumerate(policy.stages))
     yield from ((Attack, spec, f"attacks[{place}]") for place, spec in enumerate(policy.attacks))
+
+
+def _wrong_names(policy: Policy) -> Iterator[str]:
+    """Attacks and stages that are only named: a slip would show when all is spent."""
+    if not with_torch():
+        return
+    from release_guard.attacks import Attack  # noqa: PLC0415  these import torch
+    from release_guard.stages import Stage  # noqa: PLC0415
+
+    red_team = policy.red_team
+    listed = {spec.family for spec in policy.attacks}
+    for place, family in enumerate(policy.gate.mandatory):
+        where = f"gate.mandatory[{place}]"
+        if unknown := [name for name in family.split(" > ") if name not in Attack.available()]:
+            yield f"{where}: {unknown[0]!r} is no attack; {advise(unknown[0], Attack.available())}"
+        elif family not in listed and policy.concepts and not (red_team.drawn or red_team.searched):
+            yield f"{where}: {family} must be tried and is not among the attacks; add it there"
+    for place, spec in enumerate(policy.attacks):
+        name = spec.options.get("stage")
+        if isinstance(name, str) and name not in Stage.available():
+            yield f"attacks[{place}].stage: {name!r} is no stage; {advise(name, Stage.available())}"
 
 
 def _missing_files(policy: Policy) -> Iterator[str]:

@@ -298,8 +298,8 @@ class Evidence(_Value):
         return b"".join(canonical_json(line) + b"\n" for line in lines)
 
     @classmethod
-    def from_jsonl(cls, source: bytes) -> Self:
-        """Read what `to_jsonl` wrote.
+    def from_jsonl(cls, source: bytes, *, name: str = "evidence.jsonl") -> Self:
+        """Read what `to_jsonl` wrote; errors call it `name`.
 
         Raises:
             IntegrityError: Anything else.
@@ -315,15 +315,13 @@ class Evidence(_Value):
             )
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             reason = "fields differ" if isinstance(error, ValidationError) else error
-            raise IntegrityError(
-                f"evidence.jsonl: not evidence of this version ({reason})"
-            ) from None
+            raise IntegrityError(f"{name}: not evidence of this version ({reason})") from None
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read an evidence file."""
         try:
-            return cls.from_jsonl(path.read_bytes())
+            return cls.from_jsonl(path.read_bytes(), name=str(path))
         except OSError as error:
             raise IntegrityError(f"{path}: cannot be read ({error.strerror})") from None
 

@@ -177,7 +177,15 @@ def pin_key(settings: Settings, key: Path) -> str:
 
 
 def pin_identity(settings: Settings, identity: str, issuer: str) -> None:
-    """Trust whoever a certificate authority calls so from now on."""
+    """Trust whoever a certificate authority calls so from now on.
+
+    Raises:
+        PolicyError: No such identity or issuer can be; what was trusted stays so.
+    """
+    from release_guard.plugins import Spec  # noqa: PLC0415
+    from release_guard.signers import Signer  # noqa: PLC0415
+
+    Signer.build(Spec(name="sigstore", identity=identity, issuer=issuer), where="signer")
     _configure(settings, {KEY: "", IDENTITY: identity, ISSUER: issuer})
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from release_guard.errors import PolicyError
 from release_guard.git import Repository
+from release_guard.pushed import Remote
 
 if TYPE_CHECKING:
     from release_guard.signers import Voucher
@@ -37,6 +38,17 @@ class Settings:
     def remotes(self) -> Sequence[str]:
         """Names, URLs and globs of the remotes that are watched beside the Hub's."""
         return self.values.get(REMOTES, ())
+
+    @property
+    def watched(self) -> Mapping[str, bool]:
+        """Of every remote by its name, whether any push to it is verified."""
+        found: dict[str, bool] = {}
+        for key, values in self.values.items():
+            name, dot, last = key.removeprefix("remote.").rpartition(".")
+            if key.startswith("remote.") and dot and last in {"url", "pushurl"}:
+                seen = (Remote(name, url).is_watched(self.remotes, _endpoint()) for url in values)
+                found[name] = found.get(name, False) or any(seen)
+        return found
 
     @property
     def unknown(self) -> Sequence[str]:
@@ -116,6 +128,10 @@ class Settings:
 
     def _last(self, key: str) -> str:
         return (self.values.get(key) or ("",))[-1]
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT")
 
 
 def settings_of(repository: Repository, root: Path) -> Settings:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from release_guard.errors import PolicyError
+from release_guard.errors import PolicyError, ReleaseGuardError
 from release_guard.gittree import commit_tree
 from release_guard.hubs import Hub, require_repo_id
 from release_guard.manifest import DirectoryTree, Manifest, Tree
@@ -97,12 +97,23 @@ def _commit(target: str) -> Target:
 
 
 def _in_a_directory_hub(head: Path, revision: str) -> Target:
+    if len(head.parts) == _OWNER_AND_NAME and not head.parent.exists():  # a form of the Hub's
+        require_repo_id(str(head))
+        raise ReleaseGuardError(
+            f"{head}@{revision}: no folder here has it; for the Hub write hf://{head}@{revision}"
+        )
     hub = Hub.build(Spec(name="directory", path=str(head.parent.parent)))
     tree = hub.tree(f"{head.parent.name}/{head.name}", revision)
     return Target(tree, str(head.resolve()), f"{head}@{revision}", head)
 
 
 def _folder(folder: Path) -> Target:
+    if not folder.exists():
+        raise ReleaseGuardError(
+            f"{folder}: no such folder; for a model of the Hub write hf://OWNER/NAME@REVISION"
+        )
+    if not folder.is_dir():
+        raise ReleaseGuardError(f"{folder}: a file; name the folder it lies in")
     _require_no_cache(folder)
     return Target(DirectoryTree(folder), _model_of(folder.resolve()), str(folder), folder)
 

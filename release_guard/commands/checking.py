@@ -13,6 +13,7 @@ from release_guard.commands.shared import (
     need_torch,
     now,
     open_session,
+    require_file,
     surroundings,
 )
 from release_guard.errors import IntegrityError, PolicyError
@@ -161,6 +162,7 @@ def replay(  # noqa: PLR0913
     from release_guard.sources import local_folder  # noqa: PLC0415
 
     path = evidence or flow.evidence_of(run or Path())
+    require_file(path)
     known = Evidence.read(path)
     record = flow.find(known, trial)
     policy = load_policy(policy_path or path.with_name("policy.toml"))
@@ -227,6 +229,7 @@ def report(terminal: Terminal, *, run: Path) -> None:
     from release_guard.run import Run  # noqa: PLC0415
 
     folder = Run(run)
+    require_file(folder.evidence)
     evidence, policy = Evidence.read(folder.evidence), Policy.load(folder.policy)
     if evidence.policy != policy.digest:
         raise IntegrityError(f"{folder.policy}: not the policy of this run's evidence")

@@ -163,9 +163,16 @@ def _show(terminal: Terminal, folder: Path, document: dict[str, Any]) -> int:
         trusted = settings.signer().identity
     except ReleaseGuardError as error:
         problems.append(str(error))
+    watched = settings.watched
+    if watched and not any(watched.values()):
+        problems.append(
+            f"no remote is watched ({', '.join(watched)}), as none is the Hub's; to have one "
+            f"verified: git config --add release-guard.remotes {next(iter(watched))}"
+        )
     lines = [f"{place.hook}: {place.state}"]
     lines += [f"then: {place.next}"] * place.next.exists()
     lines += [f"trusts: {trusted}"] * bool(trusted)
+    lines += [f"{'watches' if seen else 'leaves alone'}: {name}" for name, seen in watched.items()]
     for problem in problems:
         terminal.warn(problem)
     about = {
@@ -175,6 +182,7 @@ def _show(terminal: Terminal, folder: Path, document: dict[str, Any]) -> int:
         "lfs": place.uses_lfs,
         "identity": trusted or None,
         "watched": list(settings.remotes),
+        "remotes": dict(watched),
     }
     terminal.data("\n".join(lines), {**document, **about})
     return 1 if problems else 0

@@ -134,6 +134,12 @@ def default_run(name: str, source: str, prefix: str = "") -> Path:
     return runs / f"{prefix}{last}"
 
 
+def require_file(path: Path) -> None:
+    """Refuse a file that is not there: unlike one that was changed, that is a slip of the pen."""
+    if not path.is_file():
+        raise ReleaseGuardError(f"{path}: no such file; look at what was named on the command line")
+
+
 def digest_of(path: Path) -> str:
     """SHA-256 of a policy file, in hex."""
     import hashlib  # noqa: PLC0415

@@ -204,13 +204,13 @@ def _install_hook(
 
     settings = settings_of(repository, plan.root)
     place = flow.Place.of(settings)
-    if place.shared:  # other repositories may share it: only its own command may be told so
-        terminal.warn(f"core.hooksPath is {place.shared}; run: release-guard hook install")
-        return
     if key is not None:
         flow.pin_key(settings, key)
     elif plan.keyless is not None:
         flow.pin_identity(settings, *plan.keyless)
+    if place.shared:  # other repositories may share it: only its own command may be told so
+        terminal.warn(f"core.hooksPath is {place.shared}; run: release-guard hook install --yes")
+        return
     (plan.wrote if flow.install(place) else plan.kept).append(str(place.hook))
 
 

@@ -203,6 +203,29 @@ def test_half_a_signer_is_refused(site: Bench, given: list[str]) -> None:
     assert snapshot(site.work / ".git/hooks") == before
 
 
+def test_status_says_which_remotes_are_left_alone(site: Bench) -> None:
+    assert site.guard("hook", "install").returncode == 0
+    site.git("remote", "add", "mirror", "https://example.org/a/b")
+    done = site.guard("hook", "status")
+    assert done.returncode == 0, done.stderr
+    assert "watches: origin\nleaves alone: mirror\n" in done.stdout
+    site.git("config", "--unset-all", "release-guard.remotes")
+    done = site.guard("hook", "status")
+    assert done.returncode == 1
+    assert "no remote is watched (origin, mirror)" in done.stderr
+    site.git("remote", "set-url", "mirror", "https://huggingface.co/a/b")
+    assert "watches: mirror" in site.guard("hook", "status").stdout
+
+
+def test_nobody_takes_the_place_of_who_is_trusted_by_a_slip(site: Bench) -> None:
+    before = site.git("config", "release-guard.key")
+    done = site.guard("hook", "install", "--identity", "me", "--issuer", "example.org")
+    assert done.returncode == 2
+    assert "issuer" in done.stderr
+    assert site.git("config", "release-guard.key") == before
+    assert not site.git("config", "release-guard.identity", check=False)
+
+
 def test_status_says_what_is_missing(site: Bench) -> None:
     done = site.guard("hook", "status")
     assert done.returncode == 1

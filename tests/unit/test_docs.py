@@ -46,7 +46,7 @@ def table() -> list[str]:
 def resolve(line: str) -> tuple[click.Command, list[str], click.Context]:
     """The command, its arguments, and the context above it, whose settings it keeps."""
     command: click.Command = cli
-    arguments = shlex.split(line)
+    arguments = shlex.split(line.replace("$ROOT", "0" * 64))
     above = click.Context(cli, **cli.context_settings)
     while isinstance(command, click.Group):
         _, found, arguments = command.resolve_command(above, arguments)

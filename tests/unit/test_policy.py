@@ -3,7 +3,9 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import pico
 import pytest
 from evidence_builder import MERGED, POLICY, example_policy
 
@@ -12,6 +14,9 @@ from release_guard.errors import PolicyError
 from release_guard.policy import PROFILES, Policy
 
 POLICIES = sorted((Path(__file__).parents[2] / "policies").glob("*.toml"))
+
+FINETUNE = {"name": "finetune", "lr": 0.003}
+PRUNE = {"name": "prune", "share": 0.3}
 
 
 def load(text: str, tmp_path: Path) -> Policy:
@@ -220,6 +225,30 @@ def test_check_finds_wrong_options_and_missing_files(tmp_path: Path) -> None:
     assert lines[1].startswith("attacks[2].rnak: not an option of lora; did you mean 'rank'?")
     assert lines[2].startswith(f"concepts[0].dataset: {tmp_path}/footwear.parquet is not there")
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        (
+            {"gate": {"mandatory": ["finetun"]}},
+            "gate.mandatory[0]: 'finetun' is no attack; did you",
+        ),
+        (
+            {"gate": {"mandatory": ["finetune", "lora"]}},
+            "gate.mandatory[1]: lora must be tried and",
+        ),
+        (
+            {"attacks": [{"name": "chain", "stage": "nope", "steps": [PRUNE, FINETUNE]}, FINETUNE]},
+            "attacks[0].stage: 'nope' is no stage; allowed: concept_suppression",
+        ),
+    ],
+)
+def test_check_finds_names_that_would_only_show_at_the_end(
+    image_data: Path, tmp_path: Path, changed: dict[str, Any], line: str
+) -> None:
+    (found,) = problems(Policy.load(pico.pico_policy(tmp_path, image_data, **changed)))
+    assert found.startswith(line)
 
 
 @pytest.mark.parametrize(("old", "new"), [("limit = 400", "limit = inf"), ("= 4.0", "= inf")])

@@ -169,8 +169,13 @@ def test_the_demo_in_two_precisions_asks_for_the_same_and_for_tripwires_of_round
     more = both.attacks[len(one.attacks) :]
     assert {spec.options.get("format") for spec in more} == {"q4_k", "int4", "mixed", None}
     assert [spec.name for spec in more] == ["quantize", "quantize", "quantize", "chain"]
-    red_team = both.red_team.model_copy(update={"search_seeds": one.red_team.search_seeds})
+    mine, theirs = both.red_team, one.red_team
+    red_team = mine.model_copy(
+        update={"search_seeds": theirs.search_seeds, "budget": theirs.budget}
+    )
+    assert (mine.search_seeds, mine.budget) == (2, Budget(unit="samples", limit=1600))
+    (stage,) = both.stages
+    assert stage == one.stages[0].changed(outer_steps=2_800)
     changed = {"precisions": one.precisions, "attacks": one.attacks, "red_team": red_team}
-    same = both.model_copy(update=changed)
-    assert both.red_team.search_seeds == 2
+    same = both.model_copy(update={**changed, "stages": one.stages})
     assert same.model_dump() == one.model_dump()

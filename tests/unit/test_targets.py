@@ -221,11 +221,12 @@ def test_a_revision_of_a_directory_hub(folder: Path, judged: Judged) -> None:
 @pytest.mark.parametrize(
     ("target", "kind", "told"),
     [
-        ("nowhere", IntegrityError, "no such folder"),
+        ("nowhere", ReleaseGuardError, "no such folder; for a model of the Hub write hf://"),
         ("", PolicyError, "names no folder"),
         ("git:", PolicyError, "names no folder"),
         ("git:@main", PolicyError, "names no folder"),
         ("hub/acme/pico@main", HubError, "nothing has been pushed"),
+        ("acme/pico@main", ReleaseGuardError, "for the Hub write hf://acme/pico@main"),
         ("hf://", PolicyError, "is not a repository id"),
         ("hf://acme", PolicyError, "is not a repository id"),
         ("hf://../x@main", PolicyError, "is not a repository id"),
@@ -242,8 +243,8 @@ def test_what_is_no_release(
 
 
 def test_a_file_is_no_release(folder: Path) -> None:
-    with pytest.raises(IntegrityError, match="no such folder"):
-        find("model/config.json").manifest  # noqa: B018
+    with pytest.raises(ReleaseGuardError, match="a file; name the folder"):
+        find("model/config.json")
 
 
 @pytest.mark.parametrize("endpoint", ["http://hub.example.org", "http://10.0.0.1:8080"])
