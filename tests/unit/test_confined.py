@@ -152,7 +152,8 @@ def test_a_death_is_one_line_that_says_what_to_do() -> None:
 def test_it_does_not_outlive_us(tmp_path: Path, way: signal.Signals) -> None:
     mark = tmp_path / "pid"
     code = (
-        "import sys, test_confined as t; from release_guard.confined import confined\n"
+        "import signal, sys, test_confined as t; from release_guard.confined import confined\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "confined(t.linger, sys.argv[1], t.session())"
     )
     path = os.pathsep.join((str(Path(__file__).parent), *sys.path))

@@ -90,13 +90,17 @@ def test_the_judge_can_neither_sign_nor_push() -> None:
     assert "cache" not in filled()
 
 
-def test_who_publishes_checks_nothing_out_and_asks_for_approval() -> None:
+def test_who_publishes_checks_out_the_policy_alone_and_asks_for_approval() -> None:
     publish = jobs(filled())["publish"]
-    assert publish["permissions"] == {"id-token": "write"}
+    assert publish["permissions"] == {"contents": "read", "id-token": "write"}
     assert publish["environment"]["name"] == "huggingface"
     assert publish["needs"] == "judge"
     used = [step["uses"].partition("@")[0] for step in publish["steps"]]
-    assert used == ["actions/download-artifact", "acme/model-release-guard"]
+    assert used == ["actions/checkout", "actions/download-artifact", "acme/model-release-guard"]
+    asked = publish["steps"][0]["with"]
+    assert asked["sparse-checkout"] == "${{ env.POLICY }}"
+    assert (asked["sparse-checkout-cone-mode"], asked["persist-credentials"]) == (False, False)
+    assert publish["steps"][2]["with"]["policy"] == "asked/${{ env.POLICY }}"
 
 
 def test_what_is_written_is_clean(tmp_path: Path) -> None:
@@ -128,7 +132,7 @@ INJECTED = (
         (INJECTED, "template-injection", "potentially untrusted"),
         (("          persist-credentials: false\n", ""), "artipacked", ""),
         (
-            ("permissions:\n      id-token: write", "permissions: write-all"),
+            ("permissions:\n      contents: read\n      id-token: write", "permissions: write-all"),
             "excessive-permissions",
             "",
         ),
