@@ -2,7 +2,7 @@
 
 import sys
 
-from release_guard.cli import main
+from release_guard.cli import start
 
 if __name__ == "__main__":  # a worker process imports this file again
-    sys.exit(main())
+    sys.exit(start())

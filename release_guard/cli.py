@@ -4,6 +4,7 @@ Commands import what they need when they run: `--help`, `verify` and a policy's 
 wait for torch.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,19 @@ from release_guard.errors import ConfinedError, ReleaseGuardError
 from release_guard.terminal import Terminal
 
 _INTERRUPTED = 130
+
+
+def start() -> int:
+    """The process itself. Every push waits for the hook, so what it used is not put away."""
+    is_hook = sys.argv[1:4] == ["hook", "run", "pre-push"]
+    if is_hook:
+        gc.disable()
+    code = main()
+    if is_hook:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
