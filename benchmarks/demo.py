@@ -149,24 +149,24 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         row["stage"],
         str(row["seed"]),
         row["verdict"].upper(),
-        _ratio(row, "kappa"),
-        _number(row, "kappa_lower", ".2f"),
-        _ratio(row, "sigma"),
-        _number(row, "sigma_lower", ".2f"),
-        _number(row, "head_start", ".1f"),
-        _number(row, "retained_loss", ".2%"),
-        _number(row, "retained_upper", ".2%"),
-        _number(row, "trials", "d"),
-        _number(row, "stage_seconds", ".0f"),
-        _number(row, "seconds", ".0f"),
+        ratio(row, "kappa"),
+        number(row, "kappa_lower", ".2f"),
+        ratio(row, "sigma"),
+        number(row, "sigma_lower", ".2f"),
+        number(row, "head_start", ".1f"),
+        number(row, "retained_loss", ".2%"),
+        number(row, "retained_upper", ".2%"),
+        number(row, "trials", "d"),
+        number(row, "stage_seconds", ".0f"),
+        number(row, "seconds", ".0f"),
     ]
 
 
-def _ratio(row: Mapping[str, Any], name: str) -> str:
-    return (">= " if row.get(f"{name}_censored") else "") + _number(row, name, ".2f")
+def ratio(row: Mapping[str, Any], name: str) -> str:
+    return (">= " if row.get(f"{name}_censored") else "") + number(row, name, ".2f")
 
 
-def _number(row: Mapping[str, Any], name: str, form: str) -> str:
+def number(row: Mapping[str, Any], name: str, form: str) -> str:
     value = row.get(name)
     return "-" if value is None else format(value, form)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._common import demo_model, demo_policy, machine, record, session, table
-from benchmarks.demo import Variant, policy_of
+from benchmarks.demo import Variant, number, policy_of, ratio
 from release_guard.deliver import Published
 from release_guard.errors import ReleaseGuardError
 from release_guard.preflight import Order
@@ -111,14 +111,9 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    figures = [("kappa", ".2f"), ("kappa_lower", ".2f"), ("retained_loss", ".2%")]
-    shown = [_number(row.get(name), form) for name, form in (*figures, ("retained_upper", ".2%"))]
-    shown[0] = (">= " if row.get("kappa_censored") else "") + shown[0]
+    shown = [ratio(row, "kappa"), number(row, "kappa_lower", ".2f")]
+    shown += [number(row, f"retained_{name}", ".2%") for name in ("loss", "upper")]
     return [str(row["seed"]), row["verdict"].upper(), row["precision"], *shown]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 if __name__ == "__main__":

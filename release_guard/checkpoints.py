@@ -26,7 +26,6 @@ _UNLOADABLE = (  # what libraries raise of configurations that make no sense
     *(OSError, ValueError, RuntimeError, LookupError, ImportError),
     *(StrictDataclassError, TypeError, AttributeError, ArithmeticError, AssertionError),
 )
-_INDEX = "model_index.json"  # of diffusers, beside the folders
 
 
 def load(

@@ -92,10 +92,11 @@ class Table:
         Raises:
             ModelError: Nothing is there, it cannot be read, or it is empty.
         """
-        request = _request(source)
+        path = local_data(source)  # `datasets` itself would fall back to whatever revision it has
+        request = _request(source, path)
         datasets.disable_progress_bars()
         try:
-            rows = datasets.load_dataset(**request, split="train", cache_dir=_cache(source))
+            rows = datasets.load_dataset(**request, split="train", cache_dir=_cache(path))
         except (*_UNREADABLE, datasets.exceptions.DatasetsError) as error:
             reason = brief(error.__cause__ or error)
             what = f"empty, or cannot be read as a data set ({reason})"
@@ -210,8 +211,7 @@ class Catalogue:
         return sum(content in theirs for content in self.contents) / len(self.contents)
 
 
-def _request(source: str) -> dict[str, Any]:
-    path = local_data(source)  # `datasets` itself would fall back to whatever revision it has
+def _request(source: str, path: Path) -> dict[str, Any]:
     if path.is_dir():
         return {"path": str(path)}
     if not path.exists():
@@ -222,13 +222,12 @@ def _request(source: str) -> dict[str, Any]:
     return {"path": builder, "data_files": str(path)}
 
 
-def _cache(source: str) -> str:
+def _cache(path: Path) -> str:
     """Where `datasets` keeps what it made of these files, and of no others.
 
     It would know them by name and time of change, and both stay when a file is copied over another.
     What the system says of an inode nobody can set back.
     """
-    path = local_data(source)
     files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
     seen = [(str(file), *_identity(file.stat())) for file in files]
     mark = hashlib.sha256(repr(seen).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from threading import Thread
 
 from release_guard.errors import IntegrityError, ReleaseGuardError
@@ -86,14 +87,17 @@ class _Riding:
 
         What tracking refs say is no answer: they stay when a ref is gone over there.
         """
+        return arrivals(self._repository, commit, [*self._known, *self._advertised])
+
+    @cached_property
+    def _advertised(self) -> Sequence[str]:
         try:
-            has = self._repository.advertised(self._remote.url)
+            return self._repository.advertised(self._remote.url)
         except ReleaseGuardError as error:
             raise ReleaseGuardError(
                 f"the push would bring files that no verified release holds, and {self._remote} "
                 f"does not say whether it has them already ({error})"
             ) from None
-        return arrivals(self._repository, commit, [*self._known, *has])
 
     def _ask(self, commits: Sequence[str]) -> None:
         for commit in commits:

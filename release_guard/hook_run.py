@@ -41,7 +41,7 @@ def _check(terminal: "Terminal", remote: Remote, updates: Sequence[Update]) -> i
     settings = settings_of(Repository.of_hook(), Path.cwd())
     for key in settings.unknown:
         terminal.warn(f"git config {key}: no setting of release-guard; is it misspelt?")
-    if not remote.is_watched(settings.remotes, os.environ.get("HF_ENDPOINT")):
+    if not settings.watches(remote):
         if terminal.verbosity:
             terminal.say(f"{remote}: not watched, nothing was verified")
         terminal.data("", {"remote": str(remote), "watched": False, "refs": []})

@@ -46,9 +46,13 @@ class Settings:
         for key, values in self.values.items():
             name, dot, last = key.removeprefix("remote.").rpartition(".")
             if key.startswith("remote.") and dot and last in {"url", "pushurl"}:
-                seen = (Remote(name, url).is_watched(self.remotes, _endpoint()) for url in values)
-                found[name] = found.get(name, False) or any(seen)
+                seen = any(self.watches(Remote(name, url)) for url in values)
+                found[name] = found.get(name, False) or seen
         return found
+
+    def watches(self, remote: Remote) -> bool:
+        """Whether a push there must be verified."""
+        return remote.is_watched(self.remotes, os.environ.get("HF_ENDPOINT"))
 
     @property
     def unknown(self) -> Sequence[str]:
@@ -128,10 +132,6 @@ class Settings:
 
     def _last(self, key: str) -> str:
         return (self.values.get(key) or ("",))[-1]
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("HF_ENDPOINT")
 
 
 def settings_of(repository: Repository, root: Path) -> Settings:

@@ -148,15 +148,16 @@ def pack(
     modality = Modality.build(order.policy.modality)
     for each, payload in payloads.items():
         require_attacked(modality, folders[each], payload)
-    _require_nothing_private(run, [*payloads.values(), hash_directory(local_folder(order.source))])
+    source = local_folder(order.source)
+    theirs = hash_directory(source)
+    _require_nothing_private(run, [*payloads.values(), theirs])
     report = render(evidence, verdict, order.policy, title=order.repo).encode()
     run.write(run.report.name, report)
-    source = local_folder(order.source)
     with folder_made_whole(run.release) as folder:
         for each, payload in payloads.items():
             names = (entry.name for entry in payload.entries)
             share_files(folders[each], folder / each.folder, names)
-        share_files(source, folder, _documents(hash_directory(source)))
+        share_files(source, folder, _documents(theirs))
         payload = hash_directory(folder).payload
         require_as_attacked({entry.name: entry.digest for entry in payload.entries}, parts)
         shown = replace(publication, payload=payload)

@@ -43,6 +43,11 @@ class Order:
     tag: str | None = None
 
     @property
+    def untouched(self) -> bool:
+        """Whether the source itself goes out: nothing immunizes it."""
+        return self.as_is or not self.policy.stages
+
+    @property
     def stops(self) -> bool:
         """Whether nothing is signed or sent."""
         return self.dry_run or self.pack_only
@@ -55,7 +60,7 @@ def check_order(order: Order, output: Path) -> None:
         PolicyError: The source was immunized elsewhere, and stages would immunize its base instead;
             the run's folder or the policy's data lie in the model's.
     """
-    if order.base and order.policy.stages and not order.as_is:
+    if order.base and not order.untouched:
         raise PolicyError(
             "--base says that the source was immunized elsewhere, but the policy has stages, which "
             "would immunize the base and publish that; add --as-is, or leave --base out"
@@ -65,7 +70,7 @@ def check_order(order: Order, output: Path) -> None:
     model = model.resolve()
     if output.resolve().is_relative_to(model):
         raise PolicyError(f"{output}: lies in the model's own folder; choose another --output")
-    if order.policy.stages and not order.as_is:
+    if not order.untouched:
         return  # what stages make goes out, not the folder as it is
     for key, source in named_in(order.policy):
         local = not source.startswith(HUB_PREFIX)

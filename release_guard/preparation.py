@@ -62,7 +62,7 @@ def prepare(order: Order, output: Path, session: Session) -> tuple[Subject, Run]
     opened = open_run(order, output, session)
     base, run = opened.base, opened.run
     stages: tuple[StageReport, ...] = ()
-    if order.as_is or not order.policy.stages:
+    if order.untouched:
         _take_as_it_is(opened.source, run)
     else:
         stages = apply_stages(base, order.policy, run, session)
@@ -91,10 +91,11 @@ def open_run(order: Order, output: Path, session: Session) -> Opened:
     check_order(order, output)
     source = local_folder(order.source)
     undefended = local_folder(order.base) if order.base else source
-    _require_room(source, order.policy)
+    manifest = hash_directory(source)
+    _require_room(source, manifest, order.policy)
     about: dict[str, Any] = {
-        "source": hash_directory(source).root,
-        "base": hash_directory(undefended).payload.root,
+        "source": manifest.root,
+        "base": hash_directory(undefended).payload.root if order.base else manifest.payload.root,
         "policy": order.policy.digest,
         "as_is": order.as_is,
         "suite": SUITE,
@@ -109,8 +110,8 @@ def open_run(order: Order, output: Path, session: Session) -> Opened:
     card.check(source)
     modality = Modality.build(order.policy.modality)
     base = modality.load(str(undefended))
-    if order.as_is or not order.policy.stages:
-        require_attacked(modality, source, hash_directory(source))
+    if order.untouched:
+        require_attacked(modality, source, manifest)
     settle_threads(base, session.workers)
     check_data(base, order.policy)
     check_relatives(base, order.policy, ancestor)
@@ -222,9 +223,9 @@ def _make_sham(
     return run.sham
 
 
-def _require_room(source: Path, policy: Policy) -> None:
+def _require_room(source: Path, manifest: Manifest, policy: Policy) -> None:
     """Refuse a model with files where the release puts those of another precision."""
-    names = [entry.name for entry in hash_directory(source).payload.entries]
+    names = [entry.name for entry in manifest.payload.entries]
     for precision in policy.precisions:
         if any(name.startswith(f"{precision}/") for name in names):
             raise ModelError(
