@@ -16,6 +16,8 @@ from release_guard.session import Session
 
 CANARY = "4c7d-canary"
 """Stands for a credential of the process that starts an engine; no worker may know it."""
+RAYS_WORKER = "ray::_serve"
+WORKERS = ("spawn_main", RAYS_WORKER)
 
 
 def job(policy: Policy, source: Path, **changes: object) -> Job:
@@ -67,12 +69,30 @@ class HereSession(Session):
         return work(*arguments, self)
 
 
-def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    """Processes below it that are running trials."""
+def workers_of(process: psutil.Process, *names: str) -> list[psutil.Process]:
+    """Processes below it that are running trials: ours and Ray's, or those with these names."""
     found = []
-    for child in process.children(recursive=True):
+    for child in below(process):
         with contextlib.suppress(psutil.NoSuchProcess):
-            command = " ".join(child.cmdline())
-            if "spawn_main" in command or "ray::_serve" in command:
+            command = child.cmdline()
+            started = (
+                command != psutil.Process(child.ppid()).cmdline()
+            )  # else it is a mere fork yet
+            if started and any(name in " ".join(command) for name in names or WORKERS):
                 found.append(child)
     return found
+
+
+def below(process: psutil.Process) -> list[psutil.Process]:
+    """All its descendants; none where it has gone meanwhile."""
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """SIGKILL each that is still there."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

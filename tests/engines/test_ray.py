@@ -15,7 +15,7 @@ from pathlib import Path
 import pico
 import psutil
 import pytest
-from engine_jobs import job, workers_of
+from engine_jobs import job, kill, workers_of
 
 from release_guard.engines import DIED, Engine, run_trial
 from release_guard.engines import ray as module
@@ -96,8 +96,7 @@ def test_gpus_of_a_trial_are_asked_for(
 
     until(lambda: module._ray().available_resources().get("GPU", 0) == left)
     until(lambda: workers_of(psutil.Process()))
-    for process in workers_of(psutil.Process()):
-        process.kill()
+    kill(workers_of(psutil.Process()))
     ((_, outcome),) = engine.ended()
     assert outcome.note.startswith(DIED)
     until(lambda: module._ray().available_resources().get("GPU", 0) == 1)

@@ -11,7 +11,7 @@ from typing import Any
 import pico
 import psutil
 import pytest
-from engine_jobs import workers_of
+from engine_jobs import RAYS_WORKER, below, kill, workers_of
 
 from release_guard.cli import main
 from release_guard.evidence import Evidence
@@ -123,14 +123,12 @@ def test_a_ray_that_goes_away_is_one_error_and_keeps_the_ledger(
         text = text.replace(finite, infinite)
     endless.write_text(text)
     process = start([*command[:3], str(endless), *command[4:]], tmp_path / "a", "--engine", "ray")
-    ours = psutil.Process(process.pid)
-    while not (rays := [each for judging in ours.children() for each in workers_of(judging)]):
+    while not (rays := workers_of(psutil.Process(process.pid), RAYS_WORKER)):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    assert rays
-    for judging in ours.children():
-        for child in judging.children(recursive=True):
-            child.kill()
+    raylet, judging, *_ = rays[0].parents()
+    assert raylet.name() == "raylet"
+    kill(below(judging))
     _, errors = process.communicate()
 
     assert process.returncode == 1, errors

@@ -13,7 +13,7 @@ import pico
 import psutil
 import pytest
 import torch
-from engine_jobs import HereSession
+from engine_jobs import HereSession, below, kill
 from evidence_builder import passing_evidence
 from safetensors.torch import load_file
 
@@ -197,8 +197,7 @@ def _run_until(command: Sequence[Any], line: str | None) -> tuple[list[str], str
         for each in process.stderr:
             told.append(each.rstrip())
             if line is not None and each.startswith(line):
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
+                kill(below(psutil.Process(process.pid)))
                 process.kill()
                 break
         printed, _ = process.communicate()
