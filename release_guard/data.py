@@ -5,7 +5,6 @@ splits, and rows in another order give the same splits, batches and digest.
 """
 
 import hashlib
-import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import datasets
 from release_guard.errors import ModelError, brief
 from release_guard.plugins import advise
 from release_guard.policy import Concept, Target
-from release_guard.sources import local_data
+from release_guard.sources import identity, local_data
 
 Split = Literal[
     "immunize",
@@ -74,12 +73,25 @@ def scored(target: Target, phase: Literal["search", "confirm"]) -> tuple[str, Sp
     return target.dataset, phase
 
 
+def data_sets(target: Target) -> list[str]:
+    """Every data set that a target names itself."""
+    others = (getattr(target, key, None) for key in ("scored_on", "donor_dataset"))
+    return [target.dataset, *filter(None, others)]
+
+
 @dataclass(frozen=True)
 class Table:
-    """Rows as they were read, images still encoded."""
+    """Rows as they were read, images still encoded.
+
+    Attributes:
+        source: The data set.
+        rows: All of them.
+        files: SHA-256 over names and bytes of the files that they were read from.
+    """
 
     source: str
     rows: Any
+    files: str
 
     @classmethod
     def read(cls, source: str) -> Self:
@@ -90,13 +102,14 @@ class Table:
                 or `hf://datasets/OWNER/NAME@REVISION`.
 
         Raises:
-            ModelError: Nothing is there, it cannot be read, or it is empty.
+            ModelError: Nothing is there, it cannot be read, it changes meanwhile, or it is empty.
         """
         path = local_data(source)  # `datasets` itself would fall back to whatever revision it has
         request = _request(source, path)
+        found = identity(path)
         datasets.disable_progress_bars()
         try:
-            rows = datasets.load_dataset(**request, split="train", cache_dir=_cache(path))
+            rows = datasets.load_dataset(**request, split="train", cache_dir=_cache(found))
         except (*_UNREADABLE, datasets.exceptions.DatasetsError) as error:
             reason = brief(error.__cause__ or error)
             what = f"empty, or cannot be read as a data set ({reason})"
@@ -106,7 +119,10 @@ class Table:
         for name, feature in rows.features.items():
             if isinstance(feature, datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))
-        return cls(source, rows)
+        files = _files(path)
+        if identity(path) != found:
+            raise ModelError(f"{source}: changed while it was read; run the same command again")
+        return cls(source, rows, files)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -148,28 +164,33 @@ class Catalogue:
         contents: SHA-256 of each row's content, in the order of the rows.
         order: All row numbers, sorted by content and label.
         digest: SHA-256 over all contents and labels, whatever the order of the rows.
+        files: SHA-256 over the files that all of it was read from.
     """
 
     source: str
     contents: tuple[bytes, ...]
     order: tuple[int, ...]
     digest: str
+    files: str = ""
 
     @classmethod
-    def of(cls, source: str, contents: Sequence[bytes], labels: Sequence[bytes]) -> Self:
+    def of(
+        cls, source: str, contents: Sequence[bytes], labels: Sequence[bytes], *, files: str = ""
+    ) -> Self:
         """List a data set's examples.
 
         Args:
             source: The data set.
             contents: What each row holds, labels aside; decides its split.
             labels: The rest of each row, only digested.
+            files: Digest of the files they were read from.
         """
         keys = [hashlib.sha256(content).digest() for content in contents]
         marks = [hashlib.sha256(label).digest() for label in labels]
         entries = [key + mark for key, mark in zip(keys, marks, strict=True)]
         order = sorted(range(len(entries)), key=entries.__getitem__)
         digest = hashlib.sha256(b"".join(entries[row] for row in order)).hexdigest()
-        return cls(source, tuple(keys), tuple(order), digest)
+        return cls(source, tuple(keys), tuple(order), digest, files)
 
     def rows(self, split: Split) -> list[int]:
         """Row numbers of a split, in an order that is random but always the same.
@@ -222,20 +243,23 @@ def _request(source: str, path: Path) -> dict[str, Any]:
     return {"path": builder, "data_files": str(path)}
 
 
-def _cache(path: Path) -> str:
+def _cache(found: object) -> str:
     """Where `datasets` keeps what it made of these files, and of no others.
 
     It would know them by name and time of change, and both stay when a file is copied over another.
-    What the system says of an inode nobody can set back.
     """
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-    seen = [(str(file), *_identity(file.stat())) for file in files]
-    mark = hashlib.sha256(repr(seen).encode()).hexdigest()
+    mark = hashlib.sha256(repr(found).encode()).hexdigest()
     return str(Path(datasets.config.HF_DATASETS_CACHE) / "release-guard" / mark)
 
 
-def _identity(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def _files(path: Path) -> str:
+    """SHA-256 over the names and the bytes of all files, wherever the folder lies."""
+    total = hashlib.sha256()
+    for file in sorted(each for each in path.rglob("*") if each.is_file()) or [path]:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(f"{digest} {file.relative_to(path)}\n".encode())
+    return total.hexdigest()
 
 
 def _position(content: bytes) -> float:

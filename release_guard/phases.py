@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from release_guard.attacks import Attack
+from release_guard.data import data_sets
 from release_guard.evidence import Arm, Origin, ScoredSplit, Trial
 from release_guard.manifest import Manifest, hash_directory
 from release_guard.plugins import Spec
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _OWN_SEEDS = 1_000_000  # seeds of attacks that have one of their own begin here
 _NUM_OWN_SEEDS = 1_000_000
+_NOT_NAMED = {"fresh", "unavailable"}
 
 
 @dataclass(frozen=True)
@@ -92,25 +94,34 @@ class Ground:
         data: Digest of each target's examples, of the donor it is merged with, and of whatever else
             the attacks on it read.
         artefacts: Digest of the defended arm's files at precisions that have some of their own.
+        files: Digest of the files of every model and every data set, by where they lie: a worker
+            that finds others there does not measure them.
     """
 
     policy: Policy
     roots: Mapping[Arm, str]
     data: Mapping[str, str]
-    artefacts: Mapping[Precision, str] = field(default_factory=dict)
+    artefacts: Mapping[Precision, str]
+    files: Mapping[str, str]
 
     @classmethod
     def of(cls, base: "ModelHandle", folders: Folders, policy: Policy) -> "Ground":
-        """Hash what is attacked."""
-        roots: dict[Arm, str] = {
-            "undefended": _root(folders.undefended),
-            "defended": _root(folders.defended),
-            "sham": _root(folders.sham),
-            "ancestor": _root(folders.ancestor),
-            "never_knew": _never_knew_root(folders.undefended, policy),
+        """Hash whatever trials read."""
+        named = _named_roots(policy)
+        arms: dict[Arm, Path | None] = {
+            "undefended": folders.undefended,
+            "defended": folders.defended,
+            "sham": folders.sham,
+            "ancestor": folders.ancestor,
         }
+        roots = {arm: _root(folder) for arm, folder in arms.items()}
         artefacts = {each: _root(folder) for each, folder in folders.artefacts.items()}
-        return cls(policy, roots, data_digests(base, policy), artefacts)
+        read = {source for target in policy.targets for source in _read_for(target, policy)}
+        files = {source: base.files(source) for source in read} | named
+        files |= {str(folder): roots[arm] for arm, folder in arms.items() if folder}
+        files |= {str(folders.artefacts[each]): root for each, root in artefacts.items()}
+        roots["never_knew"] = _never_knew_root(folders.undefended, policy, named)
+        return cls(policy, roots, _data_digests(base, policy, named), artefacts, files)
 
     def trials(
         self,
@@ -170,34 +181,43 @@ class Ground:
 
 def data_digests(base: "ModelHandle", policy: Policy) -> dict[str, str]:
     """Digest of all that trials read, by target."""
-    return {target.name: _data_digest(base, target, policy) for target in policy.targets}
+    return _data_digests(base, policy, _named_roots(policy))
 
 
 def _root(folder: Path | None) -> str:
     return hash_directory(folder).payload.root if folder else ""
 
 
-def _never_knew_root(undefended: Path, policy: Policy) -> str:
+def _never_knew_root(undefended: Path, policy: Policy, named: Mapping[str, str]) -> str:
     """Fresh weights depend on the configuration alone; a named checkpoint on its files."""
-    named = policy.red_team.never_knew
-    if named in {"fresh", "unavailable"}:
+    if policy.red_team.never_knew in _NOT_NAMED:
         manifest = hash_directory(undefended)
         files = (entry for entry in manifest.entries if entry.kind == "configuration")
         return Manifest.of(files).root
-    return _named_root(named)
+    return named[policy.red_team.never_knew]
 
 
-def _data_digest(base: "ModelHandle", target: Target, policy: Policy) -> str:
+def _named_roots(policy: Policy) -> dict[str, str]:
+    """Of what lies there now: a branch or a tag of the Hub may name other files tomorrow."""
+    models = [source for target in policy.merge_targets for source in (target.donor, target.base)]
+    if policy.red_team.never_knew not in _NOT_NAMED:
+        models.append(policy.red_team.never_knew)
+    return {source: _root(local_folder(source)) for source in dict.fromkeys(filter(None, models))}
+
+
+def _data_digests(base: "ModelHandle", policy: Policy, named: Mapping[str, str]) -> dict[str, str]:
     """One for all trials of a target: what any attack on it reads is part of it."""
-    others = (getattr(target, key, None) for key in ("scored_on", "donor_dataset"))
+    digests = {}
+    for target in policy.targets:
+        parts = [base.digest(source) for source in _read_for(target, policy)]
+        if isinstance(target, MergeTarget):
+            parts += [named[source] for source in (target.donor, target.base) if source]
+        digests[target.name] = hashlib.sha256("".join(parts).encode()).hexdigest()
+    return digests
+
+
+def _read_for(target: Target, policy: Policy) -> list[str]:
+    """Data sets that score a target or that attacks on it read."""
     attacks = [Attack.build(spec).located(policy) for spec in policy.aimed_at(target)]
     read = dict.fromkeys(source for attack in attacks for source in attack.sources)
-    parts = [base.digest(source) for source in (target.dataset, *filter(None, others), *read)]
-    if isinstance(target, MergeTarget):
-        parts += [_named_root(source) for source in (target.donor, target.base) if source]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def _named_root(source: str) -> str:
-    """Of what lies there now: a branch or a tag of the Hub may name other files tomorrow."""
-    return hash_directory(local_folder(source)).payload.root
+    return [*data_sets(target), *read]

@@ -79,7 +79,7 @@ class Reader:
             f"{label} {caption}".encode() for label, caption in zip(labels, captions, strict=True)
         ]
         return Pictures(
-            catalogue=Catalogue.of(source, contents, marks),
+            catalogue=Catalogue.of(source, contents, marks, files=table.files),
             pixels=torch.stack([self._pixels(picture) for picture in pictures]),
             captions=captions,
             labels=labels,

@@ -398,7 +398,7 @@ class _Team:
         ancestor = str(self.subject.ancestor) if trial.ancestor else ""
         own = trial.arm == "defended" and trial.precision in self.subject.artefacts
         source = str(self.subject.artefacts[trial.precision]) if own else self._source(trial.arm)
-        return Job(trial, source, self.policy, ancestor, is_artefact=own)
+        return Job(trial, source, self.policy, ancestor, is_artefact=own, files=self._ground.files)
 
     def _source(self, arm: Arm) -> str:
         named = self.policy.red_team.never_knew

@@ -4,7 +4,7 @@ The evidence says what was tried, down to the seed; whoever has the weights and 
 Whether the evidence is the publisher's is another question, which `verify` answers.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -152,9 +152,10 @@ def replay(request: Request, session: Session, *, tolerance: float) -> Replay:
     trial = request.record.trial
     if trial.suite != SUITE:
         raise IntegrityError(f"a trial of suite {trial.suite!a}; this version has suite {SUITE}")
-    _require_same(request)
+    files = _require_same(request)
     ancestor = str(request.ancestor) if trial.ancestor else ""
-    job = Job(trial, str(request.folder), request.policy, ancestor, is_artefact=request.is_artefact)
+    place, policy = str(request.folder), request.policy
+    job = Job(trial, place, policy, ancestor, is_artefact=request.is_artefact, files=files)
     with session.build_engine() as engine:
         session.progress("replay", 0, 1, f"{trial.attack.label} seed {trial.seed}")
         ((_, outcome),) = engine.run([job])
@@ -162,8 +163,8 @@ def replay(request: Request, session: Session, *, tolerance: float) -> Replay:
     return Replay(request.record, outcome, tolerance)
 
 
-def _require_same(request: Request) -> None:
-    """Hashed by the code that gave the trial its digests."""
+def _require_same(request: Request) -> Mapping[str, str]:
+    """Hashed by the code that gave the trial its digests; those of files, for the worker."""
     trial, policy = request.record.trial, request.policy
     artefact = trial.precision if request.is_artefact else None
     model = Modality.build(policy.modality).load(str(request.folder), artefact=artefact)
@@ -175,6 +176,7 @@ def _require_same(request: Request) -> None:
     if trial.ancestor:
         named = request.ancestor or "--base"
         _compare(ground.roots["ancestor"], trial.ancestor, f"{named}: not the trial's ancestor")
+    return ground.files
 
 
 def _root(request: Request) -> str:

@@ -4,6 +4,7 @@ Of the Hub always one revision, in the Hub's own cache: what has been fetched on
 is found there by processes that have none.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,20 @@ def named_in(policy: Policy) -> Iterator[tuple[str, str]]:
         yield "red_team.never_knew", policy.red_team.never_knew
     if policy.red_team.ancestor not in {None, "undefended"}:
         yield "red_team.ancestor", str(policy.red_team.ancestor)
+
+
+def identity(path: Path) -> tuple[tuple[str | int, ...], ...]:
+    """What the system says of a file, or of all files of a folder; another file, another identity.
+
+    Names and times of change stay when a file is copied over another; what the system says of an
+    inode nobody can set back.
+    """
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    return tuple((str(file), *_inode(file.stat())) for file in files)
+
+
+def _inode(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _on_hub(value: Any, key: str = "") -> Iterator[str]:

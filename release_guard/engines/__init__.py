@@ -9,19 +9,22 @@ import traceback
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, PrivateAttr
 
 from release_guard.credentials import is_secret
-from release_guard.errors import ModelError
+from release_guard.errors import IntegrityError, ModelError
 from release_guard.evidence import Kept, Outcome, Point, Trial
+from release_guard.manifest import hash_directory
 from release_guard.plugins import Plugin, Spec
 from release_guard.policy import MergeTarget, Policy, Precision, Target
+from release_guard.sources import identity, local_folder
 from release_guard.statistics import breached
 
 if TYPE_CHECKING:
+    from release_guard.attacks import Attack
     from release_guard.modalities import ModelHandle
 
 _NO_TOKEN = {
@@ -35,7 +38,7 @@ WORKER_ENVIRONMENT: Mapping[str, str] = {
     "GOMP_SPINCOUNT": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-DIED, OUT_OF_MEMORY = "the worker died", "out of memory"
+DIED, OUT_OF_MEMORY, CHANGED = "the worker died", "out of memory", "changed since the run began"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Job:
         ancestor: Folder of the public ancestor; only attacks that need it load it.
         alone: This is its second chance: it runs while no other trial does.
         is_artefact: The folder holds the trial's precision itself, and nothing is rounded here.
+        files: Digest of the files of all that it may read, models and data, by where they lie; none
+            where nobody compares.
     """
 
     trial: Trial
@@ -57,6 +62,7 @@ class Job:
     ancestor: str = ""
     alone: bool = False
     is_artefact: bool = False
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 class Engine(Plugin):
@@ -147,6 +153,10 @@ class Engine(Plugin):
         return len(self.running) < self.workers and not any(other.alone for other in self.running)
 
     def _settle(self, job: Job, outcome: Outcome) -> None:
+        if outcome.note.endswith(CHANGED):  # as it will be for every other trial
+            raise IntegrityError(
+                f"{outcome.note}; put it back, or begin anew with another --output"
+            )
         lost = outcome.ending == "failed" and outcome.note.startswith((DIED, OUT_OF_MEMORY))
         if lost and not job.alone:
             self._waiting.appendleft(replace(job, alone=True))
@@ -164,6 +174,8 @@ def run_trial(job: Job) -> Outcome:
     """
     try:
         return _measure(job)
+    except _ChangedError as error:
+        return Outcome(ending="failed", note=f"{error}: {CHANGED}")
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
@@ -175,6 +187,10 @@ def timed(job: Job) -> tuple[Outcome, float]:
     """Run a trial here and say how many seconds it took; for plans."""
     start = time.perf_counter()
     return run_trial(job), time.perf_counter() - start
+
+
+class _ChangedError(Exception):
+    """A model or a data set is not what the run was begun with."""
 
 
 @contextlib.contextmanager
@@ -205,12 +221,14 @@ def _measure(job: Job) -> Outcome:
     trial = job.trial
     (target,) = (target for target in job.policy.targets if target.name == trial.target)
     attack = Attack.build(trial.attack).located(job.policy)
+    model = _model(job, packed=attack.beside_packed)
     ancestor = _ancestor(job, target) if attack.needs_ancestor else None
+    _require_as_begun(job, target, model, attack)
     curve: list[Point] = []
     parameters = examples = 0
     kept: Kept | None = None
     for tampered in attack.tamper(
-        _model(job, packed=attack.beside_packed),
+        model,
         target,
         budget=trial.budget,
         grid_ratio=trial.grid_ratio,
@@ -230,6 +248,25 @@ def _measure(job: Job) -> Outcome:
             return _outcome("breached", curve, examples, parameters)
     outcome = _outcome("survived", curve, examples, parameters)
     return outcome.model_copy(update={"kept": kept})
+
+
+def _require_as_begun(job: Job, target: Target, model: "ModelHandle", attack: "Attack") -> None:
+    """Else the ledger keeps an outcome for a trial that was to be about something else.
+
+    Raises:
+        _ChangedError: Somebody edits the data meanwhile, or a node of a cluster has other files.
+    """
+    from release_guard.data import data_sets  # noqa: PLC0415
+
+    if not job.files:
+        return
+    merged = (target.donor, target.base) if isinstance(target, MergeTarget) else ()
+    models = filter(None, (job.source, job.ancestor, *merged))
+    found = {source: _root(source, identity(local_folder(source))) for source in models}
+    found |= {source: model.files(source) for source in (*data_sets(target), *attack.sources)}
+    for source, digest in found.items():
+        if job.files.get(source) != digest:
+            raise _ChangedError(source)
 
 
 def _outcome(
@@ -279,6 +316,13 @@ def _scores(model: "ModelHandle", target: Target, trial: Trial) -> list[float]:
 
     dataset, split = scored(target, trial.split)
     return list(model.scores(dataset, split, limit=trial.examples))
+
+
+@functools.lru_cache(maxsize=16)
+def _root(source: str, found: object) -> str:
+    """Digest of a model's files, hashed again only where the system found others there."""
+    del found
+    return hash_directory(local_folder(source)).payload.root
 
 
 def _kept(model: "ModelHandle", target: MergeTarget, job: Job) -> Kept:

@@ -63,6 +63,10 @@ class ModelHandle(ABC):
         """SHA-256 over the contents of a data set's examples."""
 
     @abstractmethod
+    def files(self, dataset: str) -> str:
+        """SHA-256 over the files that a data set was read from."""
+
+    @abstractmethod
     def overlap(self, dataset: str, other: str) -> Overlap:
         """How much of a data set also stands in another one."""
 

@@ -140,6 +140,9 @@ class LanguageModel(ModelHandle):
         parts = (self._texts(dataset).catalogue.digest, str(self._longest))
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
+    def files(self, dataset: str) -> str:
+        return self._texts(dataset).catalogue.files
+
     def overlap(self, dataset: str, other: str) -> Overlap:
         mine, theirs = self._texts(dataset), self._texts(other)
         return Overlap(
@@ -328,10 +331,13 @@ class _Reader:
     frame: Callable[[str], str] = str
 
     def __call__(self, source: str) -> _Texts:
-        rows = texts.rows(Table.read(source), self.columns)
+        table = Table.read(source)
+        rows = texts.rows(table, self.columns)
         contents = [row.content for row in rows]
         marks = [json.dumps([row.prompt, row.choices]).encode() for row in rows]
-        catalogue = Catalogue.of(source, [content.encode() for content in contents], marks)
+        catalogue = Catalogue.of(
+            source, [content.encode() for content in contents], marks, files=table.files
+        )
         examples = [self._example(row, f"{source}: row {at}") for at, row in enumerate(rows)]
         return _Texts(catalogue, contents, examples)
 

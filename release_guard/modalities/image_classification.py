@@ -119,6 +119,9 @@ class ImageClassifier(ModelHandle):
     def digest(self, dataset: str) -> str:
         return self._images(dataset).catalogue.digest
 
+    def files(self, dataset: str) -> str:
+        return self._images(dataset).catalogue.files
+
     def overlap(self, dataset: str, other: str) -> Overlap:
         mine, theirs = self._images(dataset), self._images(other)
         return Overlap(
@@ -197,7 +200,9 @@ class _Reader:
         pictures = [images.decode(cell, f"{source}: row {row}") for row, cell in enumerate(cells)]
         contents = [images.content(picture) for picture in pictures]
         return _Images(
-            catalogue=Catalogue.of(source, contents, [str(label).encode() for label in labels]),
+            catalogue=Catalogue.of(
+                source, contents, [str(label).encode() for label in labels], files=table.files
+            ),
             pixels=self._pixels(pictures, source),
             labels=labels,
         )

@@ -145,6 +145,9 @@ class TextToImageModel(Painter):
         parts = (self._pictures(dataset).catalogue.digest, self._scoring)
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
+    def files(self, dataset: str) -> str:
+        return self._pictures(dataset).catalogue.files
+
     def overlap(self, dataset: str, other: str) -> Overlap:
         mine, theirs = self._pictures(dataset), self._pictures(other)
         return Overlap(

@@ -254,6 +254,12 @@ def test_digests_tell_data_sets_apart(subject: Subject) -> None:
     assert len(digest(subject.retained)) == 64
 
 
+def test_the_files_that_data_were_read_from_are_told_apart(subject: Subject) -> None:
+    files: Callable[[str], str] = subject.handle.files
+    assert files(subject.retained) != files(subject.restricted)
+    assert len(files(subject.retained)) == 64
+
+
 def test_peer_that_is_not_there(subject: Subject) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         subject.handle.peer(str(subject.folder / "nowhere"))

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import get_args
 
+import datasets
 import pico
 import pytest
 
@@ -142,6 +143,36 @@ def test_a_data_set_that_only_scores_is_used_whole() -> None:
     concept = Concept(name="facts", dataset="a.jsonl", scored_on="b.jsonl", ceiling=0.5)
     assert scored(concept, "search") == ("b.jsonl", "search_half")
     assert scored(concept, "confirm") == ("b.jsonl", "confirm_half")
+
+
+def test_files_are_known_by_their_bytes_wherever_they_lie(tmp_path: Path) -> None:
+    def files(place: str, *texts: str, name: str = "some.jsonl") -> str:
+        (tmp_path / place).mkdir()
+        return Table.read(
+            str(pico.write_jsonl(tmp_path / place / name, [{"text": text} for text in texts]))
+        ).files
+
+    one = files("a", "ash", "bay")
+    assert files("b", "ash", "bay") == files("c", "ash", "bay", name="else.jsonl") == one
+    assert files("d", "bay", "ash") != one, "rows in another order are other bytes"
+    assert Table.read(str(tmp_path / "a")).files == Table.read(str(tmp_path / "b")).files
+    assert Table.read(str(tmp_path / "c")).files != Table.read(str(tmp_path / "a")).files
+
+
+def test_data_that_change_while_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pico.write_jsonl(tmp_path / "some.jsonl", [{"text": "ash"}])
+    load = datasets.load_dataset
+
+    def slowly(*arguments: object, **options: object) -> object:
+        found = load(*arguments, **options)
+        pico.write_jsonl(path, [{"text": "bay"}])
+        return found
+
+    monkeypatch.setattr(datasets, "load_dataset", slowly)
+    with pytest.raises(ModelError, match=r"some\.jsonl: changed while it was read; run the same"):
+        Table.read(str(path))
 
 
 @pytest.fixture

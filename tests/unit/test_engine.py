@@ -22,6 +22,8 @@ from release_guard.engines import (
     worker_environment,
 )
 from release_guard.evidence import Outcome
+from release_guard.modalities import Modality
+from release_guard.phases import Folders, Ground
 from release_guard.plugins import Spec
 from release_guard.policy import Budget, Policy
 
@@ -52,6 +54,35 @@ def test_a_model_that_is_not_finite_is_a_collapse(policy: Policy, classifier_fol
     outcome = run_trial(job(policy, classifier_folder, attack=attack))
     assert outcome.ending == "collapsed"
     assert "not finite" in outcome.note
+
+
+@pytest.fixture
+def begun(policy: Policy, classifier_folder: Path) -> Job:
+    """A trial that knows what its run was begun with."""
+    base = Modality.build(policy.modality).load(str(classifier_folder))
+    ground = Ground.of(base, Folders(classifier_folder), policy)
+    assert {Path(source).name for source in ground.files} >= {"restricted.parquet"}
+    return replace(job(policy, classifier_folder), files=ground.files)
+
+
+def test_what_the_run_was_begun_with_is_attacked(begun: Job) -> None:
+    assert run_trial(begun).ending == "survived"
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_nothing_else_is_attacked(what: str, begun: Job, classifier_folder: Path) -> None:
+    """Its outcome would stand in the ledger as that of what should have been there."""
+    data = begun.policy.concepts[0].dataset
+    place = data if what == "data" else str(classifier_folder)
+    outcome = run_trial(replace(begun, files={**begun.files, place: "0" * 64}))
+
+    assert (outcome.ending, outcome.curve) == ("failed", ())
+    assert outcome.note == f"{place}: changed since the run began"
+
+
+def test_a_source_that_the_run_did_not_know_is_not_attacked(begun: Job) -> None:
+    files = {source: digest for source, digest in begun.files.items() if ".parquet" not in source}
+    assert "changed since the run began" in run_trial(replace(begun, files=files)).note
 
 
 def test_whatever_an_attack_raises_is_an_outcome(policy: Policy, classifier_folder: Path) -> None:

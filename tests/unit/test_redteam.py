@@ -1,5 +1,6 @@
 """The red team on pico models: which arm meets which attack, what is kept, what ends it."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -11,8 +12,9 @@ import pytest
 import torch
 from engine_jobs import HereSession
 
+from release_guard import engines
 from release_guard.attacks.finetune import Finetune
-from release_guard.errors import ModelError
+from release_guard.errors import IntegrityError, ModelError
 from release_guard.evidence import Evidence, Record
 from release_guard.ledger import Ledger
 from release_guard.modalities import Modality
@@ -88,6 +90,34 @@ def of(evidence: Evidence, arm: str, origin: str) -> list[Record]:
 
 def labels(records: list[Record]) -> set[str]:
     return {record.trial.attack.label for record in records}
+
+
+def test_data_that_change_under_attack_end_it(
+    image_data: Path, classifier_folder: Path, ignorant: Path, tmp_path: Path
+) -> None:
+    """Others would be measured from then on, and the ledger would not know."""
+    here = tmp_path / "images"
+    shutil.copytree(image_data, here)
+    changes = {"attacks": [SLOW, FAST], "red_team": SMALL}
+    policy = Policy.load(pico.pico_policy(tmp_path, here, **changes))
+    load = Modality.build(policy.modality).load
+    subject = Subject(
+        classifier_folder, ignorant, load(str(classifier_folder)), load(str(ignorant))
+    )
+    ledger, ended = Ledger(tmp_path / "trials.jsonl", lambda _: None), list[str]()
+
+    def replace_data(phase: str, done: int, total: int, line: str) -> None:
+        if done and not ended:
+            shutil.copy(here / "retained.parquet", here / "restricted.parquet")
+            engines._load_cached.cache_clear()  # as a new worker begins
+            ended.extend(trial.key for trial in Ledger(tmp_path / "trials.jsonl", lambda _: None))
+
+    session = HereSession(1, replace_data, lambda: datetime(2026, 1, 2, tzinfo=UTC))
+    told = r"restricted\.parquet: changed since the run began; put it back, or begin anew"
+    with pytest.raises(IntegrityError, match=told):
+        red_team(subject, policy, ledger, session)
+    assert ended
+    assert [trial.key for trial in Ledger(tmp_path / "trials.jsonl", lambda _: None)] == ended
 
 
 RANDOM = {"red_team": {"drawn": 2, "drawn_pool": 10, "searched": 4}, "attacks": [FAST, SURGICAL]}
