@@ -87,7 +87,7 @@ def test_a_merge_target_that_names_its_base_needs_no_other_ancestor(
     root = hash_directory(classifier_folder).payload.root
 
     def ancestors(target: MergeTarget | Concept) -> set[str]:
-        known = Ground(policy, ground.roots, {target.name: "4" * 64})
+        known = Ground(policy, ground.roots, {target.name: "4" * 64}, artefacts={}, files={})
         trials = known.trials(CONTROL, "undefended", target, [MERGE], ["fp32"], 0.5)
         return {trial.ancestor for trial in trials}
 

@@ -20,7 +20,8 @@ FAMILIES = ("finetune", "lora", "linear_probe")
 
 def ground(policy: Policy) -> Ground:
     roots = {"undefended": "1" * 64, "defended": "2" * 64, "never_knew": "3" * 64, "sham": "5" * 64}
-    return Ground(policy, roots, {concept.name: "4" * 64 for concept in policy.concepts})
+    data = {concept.name: "4" * 64 for concept in policy.concepts}
+    return Ground(policy, roots, data, artefacts={}, files={})
 
 
 def paces(policy: Policy, **changes: float) -> Paces:
