@@ -124,7 +124,7 @@ def packed(
                 trust_remote_code=False,
                 **_place(precision),
             )
-    except (OSError, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = brief(error)
         raise ModelError(f"{source}: cannot be packed at {precision}: {reason}") from error
 

@@ -17,7 +17,7 @@ import datasets
 from release_guard.errors import ModelError, brief
 from release_guard.plugins import advise
 from release_guard.policy import Concept, Target
-from release_guard.sources import identity, local_data
+from release_guard.sources import files_of, identity, local_data
 
 Split = Literal[
     "immunize",
@@ -71,12 +71,6 @@ def scored(target: Target, phase: Literal["search", "confirm"]) -> tuple[str, Sp
     if isinstance(target, Concept) and target.scored_on is not None:
         return target.scored_on, "search_half" if phase == "search" else "confirm_half"
     return target.dataset, phase
-
-
-def data_sets(target: Target) -> list[str]:
-    """Every data set that a target names itself."""
-    others = (getattr(target, key, None) for key in ("scored_on", "donor_dataset"))
-    return [target.dataset, *filter(None, others)]
 
 
 @dataclass(frozen=True)
@@ -255,7 +249,7 @@ def _cache(found: object) -> str:
 def _files(path: Path) -> str:
     """SHA-256 over the names and the bytes of all files, wherever the folder lies."""
     total = hashlib.sha256()
-    for file in sorted(each for each in path.rglob("*") if each.is_file()) or [path]:
+    for file in files_of(path):
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         total.update(f"{digest} {file.relative_to(path)}\n".encode())

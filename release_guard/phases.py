@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from release_guard.attacks import Attack
-from release_guard.data import data_sets
 from release_guard.evidence import Arm, Origin, ScoredSplit, Trial
 from release_guard.manifest import Manifest, hash_directory
 from release_guard.plugins import Spec
-from release_guard.policy import Budget, MergeTarget, Policy, Precision, Target
+from release_guard.policy import NO_CHECKPOINT, Budget, MergeTarget, Policy, Precision, Target
 from release_guard.sources import local_folder
 from release_guard.statistics import REFUTING_SEEDS
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 _OWN_SEEDS = 1_000_000  # seeds of attacks that have one of their own begin here
 _NUM_OWN_SEEDS = 1_000_000
-_NOT_NAMED = {"fresh", "unavailable"}
 
 
 @dataclass(frozen=True)
@@ -106,22 +104,32 @@ class Ground:
 
     @classmethod
     def of(cls, base: "ModelHandle", folders: Folders, policy: Policy) -> "Ground":
-        """Hash whatever trials read."""
-        named = _named_roots(policy)
+        """Hash whatever trials read, each folder once."""
         arms: dict[Arm, Path | None] = {
             "undefended": folders.undefended,
             "defended": folders.defended,
             "sham": folders.sham,
             "ancestor": folders.ancestor,
         }
-        roots = {arm: _root(folder) for arm, folder in arms.items()}
-        artefacts = {each: _root(folder) for each, folder in folders.artefacts.items()}
+        there = {*filter(None, arms.values()), *folders.artefacts.values()}
+        manifests = {folder: hash_directory(folder) for folder in there}
+        named = _named_roots(policy)
+        roots = {
+            arm: manifests[folder].payload.root if folder else "" for arm, folder in arms.items()
+        }
+        roots["never_knew"] = _never_knew_root(manifests[folders.undefended], policy, named)
         read = {source for target in policy.targets for source in _read_for(target, policy)}
-        files = {source: base.files(source) for source in read} | named
-        files |= {str(folder): roots[arm] for arm, folder in arms.items() if folder}
-        files |= {str(folders.artefacts[each]): root for each, root in artefacts.items()}
-        roots["never_knew"] = _never_knew_root(folders.undefended, policy, named)
-        return cls(policy, roots, _data_digests(base, policy, named), artefacts, files)
+        return cls(
+            policy,
+            roots,
+            _data_digests(base, policy, named),
+            {each: manifests[folder].payload.root for each, folder in folders.artefacts.items()},
+            {
+                **{source: base.files(source) for source in read},
+                **named,
+                **{str(folder): manifest.payload.root for folder, manifest in manifests.items()},
+            },
+        )
 
     def trials(
         self,
@@ -184,25 +192,19 @@ def data_digests(base: "ModelHandle", policy: Policy) -> dict[str, str]:
     return _data_digests(base, policy, _named_roots(policy))
 
 
-def _root(folder: Path | None) -> str:
-    return hash_directory(folder).payload.root if folder else ""
-
-
-def _never_knew_root(undefended: Path, policy: Policy, named: Mapping[str, str]) -> str:
+def _never_knew_root(undefended: Manifest, policy: Policy, named: Mapping[str, str]) -> str:
     """Fresh weights depend on the configuration alone; a named checkpoint on its files."""
-    if policy.red_team.never_knew in _NOT_NAMED:
-        manifest = hash_directory(undefended)
-        files = (entry for entry in manifest.entries if entry.kind == "configuration")
+    if policy.red_team.never_knew in NO_CHECKPOINT:
+        files = (entry for entry in undefended.entries if entry.kind == "configuration")
         return Manifest.of(files).root
     return named[policy.red_team.never_knew]
 
 
 def _named_roots(policy: Policy) -> dict[str, str]:
     """Of what lies there now: a branch or a tag of the Hub may name other files tomorrow."""
-    models = [source for target in policy.merge_targets for source in (target.donor, target.base)]
-    if policy.red_team.never_knew not in _NOT_NAMED:
-        models.append(policy.red_team.never_knew)
-    return {source: _root(local_folder(source)) for source in dict.fromkeys(filter(None, models))}
+    models = {source for target in policy.merge_targets for source in target.models}
+    models |= {policy.red_team.never_knew} - NO_CHECKPOINT
+    return {source: hash_directory(local_folder(source)).payload.root for source in models}
 
 
 def _data_digests(base: "ModelHandle", policy: Policy, named: Mapping[str, str]) -> dict[str, str]:
@@ -210,8 +212,7 @@ def _data_digests(base: "ModelHandle", policy: Policy, named: Mapping[str, str])
     digests = {}
     for target in policy.targets:
         parts = [base.digest(source) for source in _read_for(target, policy)]
-        if isinstance(target, MergeTarget):
-            parts += [named[source] for source in (target.donor, target.base) if source]
+        parts += [named[source] for source in target.models]
         digests[target.name] = hashlib.sha256("".join(parts).encode()).hexdigest()
     return digests
 
@@ -220,4 +221,4 @@ def _read_for(target: Target, policy: Policy) -> list[str]:
     """Data sets that score a target or that attacks on it read."""
     attacks = [Attack.build(spec).located(policy) for spec in policy.aimed_at(target)]
     read = dict.fromkeys(source for attack in attacks for source in attack.sources)
-    return [*data_sets(target), *read]
+    return [*target.data_sets, *read]

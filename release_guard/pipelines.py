@@ -176,7 +176,7 @@ def _packed(
                 use_safetensors=True,
                 local_files_only=True,
             )
-    except (OSError, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = brief(error)
         raise ModelError(f"{source}: {name} cannot be packed at {precision}: {reason}") from error
     return packed

@@ -81,6 +81,16 @@ class Target(_Value):
     """Held-out score in (0, 1) above which the capability counts as regained, or "midpoint": half
     way between what the never-knew and the undefended model reach within the budget."""
 
+    @property
+    def data_sets(self) -> tuple[str, ...]:
+        """All that it names itself; attacks may read more."""
+        return (self.dataset,)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All that it names."""
+        return ()
+
 
 class Concept(Target):
     """A restricted concept: a capability that fine-tuning must not (re)gain cheaply."""
@@ -88,6 +98,10 @@ class Concept(Target):
     scored_on: Source | None = None
     """Score on these examples instead (paraphrases, independent facts), so that memorising the
     attack's own examples does not count."""
+
+    @property
+    def data_sets(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.dataset, self.scored_on)))
 
 
 class MergeTarget(Target):
@@ -110,6 +124,14 @@ class MergeTarget(Target):
     donor_dataset: Source
     """Examples of what the donor can do: what a merge must keep to be of use. Merges that read
     examples read its split `attack` too."""
+
+    @property
+    def data_sets(self) -> tuple[str, ...]:
+        return self.dataset, self.donor_dataset
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.donor, self.base)))
 
 
 class Retain(_Value):
@@ -412,7 +434,9 @@ PROFILES: Mapping[str, Mapping[str, Any]] = {
 
 _SOURCES = ("dataset", "scored_on", "donor", "base", "donor_dataset", "judge", "others")
 _KEY_FILES = {"path", "public"}
-_ARMS = {"never_knew": {"fresh", "unavailable"}, "ancestor": {"undefended"}}
+NO_CHECKPOINT = {"fresh", "unavailable"}
+"""What `red_team.never_knew` may say instead of naming a model."""
+_ARMS = {"never_knew": NO_CHECKPOINT, "ancestor": {"undefended"}}
 
 
 def _resolve(table: Mapping[str, Any], directory: Path) -> dict[str, Any]:

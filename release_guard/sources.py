@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from release_guard.errors import ModelError, brief
-from release_guard.policy import HUB_PREFIX, Policy
+from release_guard.policy import HUB_PREFIX, NO_CHECKPOINT, Policy
 
 _MODEL = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 _DATA = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
@@ -76,10 +76,17 @@ def named_in(policy: Policy) -> Iterator[tuple[str, str]]:
             for key in ("dataset", "scored_on", "donor", "base", "donor_dataset"):
                 if source := getattr(target, key, None):
                     yield f"{group}[{place}].{key}", source
-    if policy.red_team.never_knew not in {"fresh", "unavailable"}:
+    if policy.red_team.never_knew not in NO_CHECKPOINT:
         yield "red_team.never_knew", policy.red_team.never_knew
     if policy.red_team.ancestor not in {None, "undefended"}:
         yield "red_team.ancestor", str(policy.red_team.ancestor)
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file, or all files of a folder and of those below."""
+    if not path.is_dir():
+        return [path]
+    return sorted(each for each in path.rglob("*") if each.is_file())
 
 
 def identity(path: Path) -> tuple[tuple[str | int, ...], ...]:
@@ -88,8 +95,7 @@ def identity(path: Path) -> tuple[tuple[str | int, ...], ...]:
     Names and times of change stay when a file is copied over another; what the system says of an
     inode nobody can set back.
     """
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-    return tuple((str(file), *_inode(file.stat())) for file in files)
+    return tuple((str(file), *_inode(file.stat())) for file in files_of(path))
 
 
 def _inode(found: os.stat_result) -> tuple[int, ...]:

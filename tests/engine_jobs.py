@@ -75,9 +75,8 @@ def workers_of(process: psutil.Process, *names: str) -> list[psutil.Process]:
     for child in below(process):
         with contextlib.suppress(psutil.NoSuchProcess):
             command = child.cmdline()
-            started = (
-                command != psutil.Process(child.ppid()).cmdline()
-            )  # else it is a mere fork yet
+            # A mere fork still has its parent's command line.
+            started = command != psutil.Process(child.ppid()).cmdline()
             if started and any(name in " ".join(command) for name in names or WORKERS):
                 found.append(child)
     return found

@@ -174,8 +174,6 @@ def run_trial(job: Job) -> Outcome:
     """
     try:
         return _measure(job)
-    except _ChangedError as error:
-        return Outcome(ending="failed", note=f"{error}: {CHANGED}")
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
@@ -187,10 +185,6 @@ def timed(job: Job) -> tuple[Outcome, float]:
     """Run a trial here and say how many seconds it took; for plans."""
     start = time.perf_counter()
     return run_trial(job), time.perf_counter() - start
-
-
-class _ChangedError(Exception):
-    """A model or a data set is not what the run was begun with."""
 
 
 @contextlib.contextmanager
@@ -223,7 +217,8 @@ def _measure(job: Job) -> Outcome:
     attack = Attack.build(trial.attack).located(job.policy)
     model = _model(job, packed=attack.beside_packed)
     ancestor = _ancestor(job, target) if attack.needs_ancestor else None
-    _require_as_begun(job, target, model, attack)
+    if changed := _changed(job, target, model, attack):
+        return Outcome(ending="failed", note=f"{changed}: {CHANGED}")
     curve: list[Point] = []
     parameters = examples = 0
     kept: Kept | None = None
@@ -250,23 +245,17 @@ def _measure(job: Job) -> Outcome:
     return outcome.model_copy(update={"kept": kept})
 
 
-def _require_as_begun(job: Job, target: Target, model: "ModelHandle", attack: "Attack") -> None:
-    """Else the ledger keeps an outcome for a trial that was to be about something else.
+def _changed(job: Job, target: Target, model: "ModelHandle", attack: "Attack") -> str | None:
+    """What is not as it was: data that somebody edits meanwhile, other files on a cluster's node.
 
-    Raises:
-        _ChangedError: Somebody edits the data meanwhile, or a node of a cluster has other files.
+    The ledger would keep the outcome for a trial that was to be about something else.
     """
-    from release_guard.data import data_sets  # noqa: PLC0415
-
     if not job.files:
-        return
-    merged = (target.donor, target.base) if isinstance(target, MergeTarget) else ()
-    models = filter(None, (job.source, job.ancestor, *merged))
+        return None
+    models = filter(None, (job.source, job.ancestor, *target.models))
     found = {source: _root(source, identity(local_folder(source))) for source in models}
-    found |= {source: model.files(source) for source in (*data_sets(target), *attack.sources)}
-    for source, digest in found.items():
-        if job.files.get(source) != digest:
-            raise _ChangedError(source)
+    found |= {source: model.files(source) for source in (*target.data_sets, *attack.sources)}
+    return next((each for each, digest in found.items() if job.files.get(each) != digest), None)
 
 
 def _outcome(
